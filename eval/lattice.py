@@ -1,0 +1,43 @@
+"""Lattice energy: does the error repeat at the network's strides?
+
+A decoder that draws 2x2 or 16x16 cells side by side leaves a grid in the picture: narrow peaks in the error's spectrum at
+the harmonics of the stride. Measured is each peak against its neighbouring bins, so image content cancels. Own definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def error_spectrum(images: Tensor, reconstructions: Tensor, period: int, cells: int = 16) -> Tensor:
+    """Power of the luminance error at frequencies k / (period * cells), k = 0 .. period * cells / 2, both axes averaged.
+
+    Lines are cut into Hann-windowed pieces of period * cells pixels (Welch), half overlapping, so images of any
+    size add up; (period * cells / 2 + 1,) float64, a sum over pieces.
+    """
+    luma = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64, device=images.device).view(1, 3, 1, 1)
+    error = ((reconstructions.double() - images.double()) * luma).sum(1)
+    length = period * cells
+    window = torch.hann_window(length, periodic=True, dtype=torch.float64, device=images.device)
+    total = torch.zeros(length // 2 + 1, dtype=torch.float64, device=images.device)
+    for lines in (error, error.transpose(1, 2)):
+        if lines.shape[-1] >= length:
+            pieces = lines.unfold(-1, length, length // 2)
+            total += torch.fft.rfft(pieces * window).abs().square().flatten(0, -2).sum(0)
+    return total
+
+
+def lattice_ratio(spectrum: Tensor, period: int, cells: int = 16) -> float:
+    """The largest peak at a harmonic of 1 / period over the mean of its neighbours; 1 means no lattice.
+
+    spectrum: from `error_spectrum`, summed over images. The Hann window spreads a line over three bins, so neighbours
+    are those two to five bins away; near the highest frequency only the lower side exists.
+    """
+    ratios = []
+    for harmonic in range(1, period // 2 + 1):
+        k = harmonic * cells
+        near = [spectrum[j] for d in range(2, 6) for j in (k - d, k + d) if 0 < j < len(spectrum) - 1]
+        # At the highest frequency the real transform has one phase instead of two: half the power of its neighbours.
+        ratios.append(float(spectrum[k] / torch.stack(near).mean()))
+    return max(ratios)

@@ -1,0 +1,99 @@
+"""Loading and saving models: a bundled name, a local folder, or a repository on the Hugging Face Hub.
+
+A model on disk is a folder of two files, `config.json` (constructor arguments) and `model.safetensors`
+(float16 tensors, exact in float32), and a card, `README.md`. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vtc.errors import ModelError
+
+#: folder of the models that the wheel carries, one sub-folder a name
+BUNDLED = Path(__file__).parent / "pretrained"
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def bundled_names() -> list[str]:
+    """Names of the models that came with this installation."""
+    return sorted(p.parent.name for p in BUNDLED.glob(f"*/{CONFIG}"))
+
+
+def fetch(name_or_path: str | Path, file: str) -> Path:
+    """The local path of a model's file; downloads it where the name is a Hub repository.
+
+    Raises ModelError where there is no such model, no such file in it, or no network.
+    """
+    for folder in (BUNDLED / name_or_path, Path(name_or_path)):
+        if folder.is_dir():
+            if not (folder / file).is_file():
+                raise ModelError(f"The model folder {folder} has no {file}.")
+            return folder / file
+    try:
+        return Path(hf_hub_download(str(name_or_path), file))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"No model {str(name_or_path)!r}: not bundled ({', '.join(bundled_names()) or 'none'}), "
+                         f"not a folder, and the Hub gave no {file} ({type(error).__name__}).") from error
+
+
+class PretrainedMixin(PyTorchModelHubMixin):
+    """`from_pretrained`, `save_pretrained` and `push_to_hub` for an `nn.Module`.
+
+    Keys are strict both ways. Floating tensors are stored as float16; a finished model's weights are rounded to
+    float16 when saved, so what was measured after loading is what everybody loads.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+        """A model in eval mode, float32, on the CPU, from a bundled name, a folder, or a Hub repository."""
+        try:
+            config: dict[str, Any] = json.loads(fetch(name_or_path, CONFIG).read_text())
+            tensors = load_file(fetch(name_or_path, WEIGHTS))
+        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
+        if config.pop("class", cls.__name__) != cls.__name__:
+            raise ModelError(f"The model {str(name_or_path)!r} is not a {cls.__name__}.")
+        try:
+            model = cls(**config)
+            model.load_state_dict(tensors)
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_directory.mkdir(parents=True, exist_ok=True)
+        save_file(stored_tensors(self), save_directory / WEIGHTS)
+        config = {"class": type(self).__name__, **self._hub_mixin_config}
+        (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU."""
+    return {name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+            for name, t in model.state_dict().items()}
+
+
+def fingerprint(model: nn.Module, prefixes: tuple[str, ...]) -> bytes:
+    """Eight bytes of SHA-256 over the stored tensors whose names begin with one of `prefixes`.
+
+    Name, type, shape and bytes of each, in the order of names: two models agree just where they decode alike.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(stored_tensors(model).items()):
+        if name.startswith(prefixes):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()[:8]
