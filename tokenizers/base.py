@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
+from vtc.hub import fingerprint
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,15 @@ class Tokenizer(nn.Module):
     halo: int = 0
     #: the explicit constant that streams carry; 0 for a model that vtc does not ship
     model_id: int = 0
+    #: names of the sub-modules and tensors that decoding a stream reads, as prefixes of state-dict keys
+    decoding_prefixes: tuple[str, ...] = ("",)
+    #: static entropy-coding tables, int32 (T, K): one row for all tokens, a row a group, or a row a scale and group;
+    #: each row adds up to a power of two. None where nothing was counted: indices are then packed.
+    token_frequencies: Tensor | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("token_frequencies", None)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """The tokens of a height x width image."""
@@ -120,6 +130,10 @@ class Tokenizer(nn.Module):
     def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
         """Images in [0, 1] of the true size; `generator` feeds decoders that draw noise."""
         raise NotImplementedError
+
+    def fingerprint(self) -> bytes:
+        """Eight bytes that change when any tensor that decoding reads changes; see `vtc.hub.fingerprint`."""
+        return fingerprint(self, self.decoding_prefixes)
 
     def bits_per_pixel(self, height: int, width: int) -> float:
         """Rate of uniform indices, without container and entropy coding."""

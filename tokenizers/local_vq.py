@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
+from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import Quantized, TokenLayout, Tokenizer, Tokens
 from vtc.tokenizers.vector_quantizer import VectorQuantizer
 
@@ -49,6 +50,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(F.silu(self.conv(self.norm(x))))
+
+
+def uniform_frequencies(codebook_size: int, total: int = 2**20) -> Tensor:
+    """(1, K) int32 that adds up to `total`, as equal as whole numbers can be."""
+    share, rest = divmod(total, codebook_size)
+    return (share + (torch.arange(codebook_size) < rest)).int()[None]
 
 
 def blocks(width: int, depth: int) -> nn.Sequential:
@@ -106,7 +113,7 @@ class Decoder(nn.Module):
         return self.head(F.silu(x))
 
 
-class LocalVQ(Tokenizer):
+class LocalVQ(Tokenizer, PretrainedMixin):
     """Vector-quantized autoencoder for photographs at 16 pixels a token, local throughout.
 
     codebook_size, dim: K codewords of d dimensions.
@@ -116,6 +123,7 @@ class LocalVQ(Tokenizer):
 
     downsample = 16
     is_local = True
+    decoding_prefixes = ("decoder.", "quantizer.", "token_frequencies")
 
     def __init__(self, codebook_size: int = 2048, dim: int = 32,
                  encoder_widths: tuple[int, ...] = (64, 128, 256), encoder_depths: tuple[int, ...] = (1, 2, 3),
@@ -127,6 +135,8 @@ class LocalVQ(Tokenizer):
         self.encoder = Encoder(tuple(encoder_widths), tuple(encoder_depths), dim)
         self.quantizer = VectorQuantizer(codebook_size, dim)
         self.decoder = Decoder(tuple(decoder_widths), tuple(decoder_depths), dim, thin)
+        # Until `scripts/fit_tables.py` has counted a folder of photographs, every word is equally likely.
+        self.token_frequencies = uniform_frequencies(codebook_size)
         # A 3x3 convolution reaches one position further at its resolution, whatever way the data flows.
         encoder_reach = 4 + sum(n * s for n, s in zip(encoder_depths, (4, 8, 16), strict=True))
         decoder_reach = 1 + sum(n * s for n, s in zip(decoder_depths, (2, 4, 8, 16), strict=True))

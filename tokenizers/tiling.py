@@ -1,0 +1,81 @@
+"""Encoding and decoding in tiles, so that memory is bounded by the tile and not by the picture.
+
+A local network's output at a place depends on its input within the halo around that place. A tile that brings its halo
+along, and is cut off where the picture really ends (so that padding happens where it happens for the whole), gives the
+same values as the whole up to the order of additions. A network that is not local runs on the whole picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from vtc.tokenizers.base import TokenLayout, Tokenizer, Tokens
+
+#: side in pixels of a tile without its halo: activations of some 400 MB for the bundled model
+DEFAULT_TILE = 1024
+
+
+def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE) -> Tokens:
+    """`tokenizer.encode(images)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
+    height, width = images.shape[-2:]
+    layout = tokenizer.layout(height, width)
+    if not _can_tile(tokenizer, layout) or max(height, width) <= tile + 2 * tokenizer.halo:
+        return tokenizer.encode(images)
+    f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
+    ((rows, columns),) = layout.scales
+    indices = torch.empty(len(images), rows, columns, layout.groups, dtype=torch.int64, device=images.device)
+    for inner_rows, outer_rows in _spans(rows, tile // f, halo):
+        for inner_columns, outer_columns in _spans(columns, tile // f, halo):
+            part = images[..., outer_rows.start * f : outer_rows.stop * f, outer_columns.start * f : outer_columns.stop * f]
+            (grid,) = tokenizer.encode(part).grids()
+            indices[:, inner_rows, inner_columns] = grid[:, _within(inner_rows, outer_rows),
+                                                         _within(inner_columns, outer_columns)]
+    return Tokens(indices.flatten(1, 2), layout, height, width)
+
+
+def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generator | None = None,
+                 tile: int = DEFAULT_TILE) -> Tensor:
+    """`tokenizer.decode(tokens)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
+    height, width = tokens.height, tokens.width
+    if not _can_tile(tokenizer, tokens.layout) or max(height, width) <= tile + 2 * tokenizer.halo:
+        return tokenizer.decode(tokens, generator=generator)
+    f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
+    ((rows, columns),) = tokens.layout.scales
+    (grid,) = tokens.grids()
+    images = torch.empty(len(tokens), 3, height, width, device=grid.device)
+    for inner_rows, outer_rows in _spans(rows, tile // f, halo):
+        for inner_columns, outer_columns in _spans(columns, tile // f, halo):
+            part = grid[:, outer_rows, outer_columns]
+            size = (min(outer_rows.stop * f, height) - outer_rows.start * f,
+                    min(outer_columns.stop * f, width) - outer_columns.start * f)
+            layout = TokenLayout((tuple(part.shape[1:3]),), tokens.layout.vocab)
+            pixels = tokenizer.decode(Tokens(part.flatten(1, 2), layout, *size), generator=generator)
+            y, x = (slice(s.start * f, s.stop * f) for s in (inner_rows, inner_columns))
+            images[..., y, x] = pixels[..., _within(y, _scaled(outer_rows, f)), _within(x, _scaled(outer_columns, f))]
+    return images
+
+
+def _can_tile(tokenizer: Tokenizer, layout: TokenLayout) -> bool:
+    return tokenizer.is_local and len(layout.scales) == 1
+
+
+def _in_tokens(pixels: int, downsample: int) -> int:
+    return -(-pixels // downsample)
+
+
+def _spans(length: int, tile: int, halo: int) -> Iterator[tuple[slice, slice]]:
+    """Cut 0..length into tiles; each as (without halo, with halo)."""
+    for start in range(0, length, tile):
+        stop = min(start + tile, length)
+        yield slice(start, stop), slice(max(0, start - halo), min(length, stop + halo))
+
+
+def _within(inner: slice, outer: slice) -> slice:
+    return slice(inner.start - outer.start, inner.stop - outer.start)
+
+
+def _scaled(span: slice, factor: int) -> slice:
+    return slice(span.start * factor, span.stop * factor)
