@@ -1,0 +1,1 @@
+"""The test suite; a package, so that `from tests.shared import ...` means this one whatever else is installed."""
