@@ -1,1 +1,77 @@
-"""vtc."""
+"""vtc: images as discrete tokens, compressed, generated and judged.
+
+Public names come flat and lazily: `from vtc import LocalVQ` imports torch and the one module behind `LocalVQ`,
+`import vtc` alone imports neither torch nor numpy, so that a command line answers `--help` at once.
+
+To add a name: a line in `_MODULE_OF` below, and the same name under TYPE_CHECKING, where type checkers and editors read
+it. A test holds the two together.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"  # the one place: pyproject.toml reads it from here
+
+# The rooms are git symlinks to folders at the repository root. A checkout without symlinks (git on Windows) has small
+# text files in their place; the rooms are then found at the root itself.
+if not (Path(__file__).parent / "codecs").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
+
+#: public name -> module that defines it, floor by floor
+_MODULE_OF = {
+    # errors
+    "VtcError": "vtc.errors",
+    "ImageError": "vtc.errors",
+    "BitstreamError": "vtc.errors",
+    "ModelError": "vtc.errors",
+    "ConfigError": "vtc.errors",
+    # images and models
+    "load_image": "vtc.images",
+    "save_image": "vtc.images",
+    "load_tokenizer": "vtc.models",
+    # tokenizers
+    "LPIPS": "vtc.tokenizers.lpips",
+    "LocalVQ": "vtc.tokenizers.local_vq",
+    "Quantized": "vtc.tokenizers.base",
+    "TokenLayout": "vtc.tokenizers.base",
+    "Tokenizer": "vtc.tokenizers.base",
+    "Tokens": "vtc.tokenizers.base",
+    "VectorQuantizer": "vtc.tokenizers.vector_quantizer",
+    # codecs
+    "TokenCodec": "vtc.codecs.token_codec",
+}
+
+if TYPE_CHECKING:
+    from vtc.codecs.token_codec import TokenCodec as TokenCodec
+    from vtc.errors import BitstreamError as BitstreamError
+    from vtc.errors import ConfigError as ConfigError
+    from vtc.errors import ImageError as ImageError
+    from vtc.errors import ModelError as ModelError
+    from vtc.errors import VtcError as VtcError
+    from vtc.images import load_image as load_image
+    from vtc.images import save_image as save_image
+    from vtc.models import load_tokenizer as load_tokenizer
+    from vtc.tokenizers.base import Quantized as Quantized
+    from vtc.tokenizers.base import Tokenizer as Tokenizer
+    from vtc.tokenizers.base import TokenLayout as TokenLayout
+    from vtc.tokenizers.base import Tokens as Tokens
+    from vtc.tokenizers.local_vq import LocalVQ as LocalVQ
+    from vtc.tokenizers.lpips import LPIPS as LPIPS
+    from vtc.tokenizers.vector_quantizer import VectorQuantizer as VectorQuantizer
+else:
+
+    def __getattr__(name: str) -> Any:
+        """The public name, imported on its first use (PEP 562)."""
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'vtc' has no attribute {name!r}")
+        value = getattr(import_module(_MODULE_OF[name]), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+__all__ = ["__version__", *_MODULE_OF]
