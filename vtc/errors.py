@@ -22,3 +22,11 @@ class ModelError(VtcError):
 
 class ConfigError(VtcError, ValueError):
     """A setting that is out of range or contradicts another."""
+
+
+class TrainingError(VtcError):
+    """A training run that cannot go on."""
+
+
+class FileError(VtcError, OSError):
+    """A file that cannot be read or written."""

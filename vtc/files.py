@@ -1,0 +1,86 @@
+"""Reading a file or stdin with a limit, and writing one so that a failure leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import sys
+from pathlib import Path
+
+from vtc.errors import FileError
+
+#: no picture or stream that vtc accepts is larger; stops an endless pipe
+MAX_FILE_BYTES = 2**30
+
+
+def reason(error: OSError) -> str:
+    """'No such file or directory' and the like, in lower case, to end a sentence with."""
+    text = error.strerror or str(error) or type(error).__name__
+    return text[:1].lower() + text[1:]
+
+
+def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file, or of stdin where `path` is '-'.
+
+    Raises FileError where it cannot be read, is a folder, is empty, or holds more than `limit` bytes.
+    """
+    name = "stdin" if str(path) == "-" else str(path)
+    try:
+        if name == "stdin":
+            data = sys.stdin.buffer.read(limit + 1)
+        else:
+            with open(path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                data = b"" if size > limit else file.read(limit + 1)
+                if size > limit:
+                    raise FileError(f"{name} has {size} bytes, and the limit is {limit}.")
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{name} cannot be read: {reason(error)}.") from error
+    if len(data) > limit:
+        raise FileError(f"{name} has more than {limit} bytes, which is the limit.")
+    if not data:
+        raise FileError(f"{name} is empty.")
+    return data
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write `data` under a temporary name in the same folder, then rename it to `path`.
+
+    So `path` holds all of `data` or what it held before, whatever goes wrong: a full disk, Ctrl-C, a lost power line.
+    The mode bits are what the umask gives. A symbolic link stays one and its target is replaced. A device or a named
+    pipe is written to directly. '-' is stdout. Raises FileError; a closed stdout raises BrokenPipeError.
+    """
+    if str(path) == "-":
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise FileError(f"stdout cannot be written: {reason(error)}.") from error
+        return
+    try:
+        target = Path(os.path.realpath(path))
+        if not target.parent.is_dir():
+            raise FileError(f"The output folder {Path(path).parent} does not exist; create it first.")
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            with open(target, "wb") as file:
+                file.write(data)
+            return
+        # The name stays short: the target's own may already have the 255 bytes that a file system allows.
+        temporary = target.with_name(f".vtc-{secrets.token_hex(6)}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path} cannot be written: {reason(error)}.") from error
