@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=1000)
     parser.add_argument("--resume_from_checkpoint", choices=("latest",))
-    parser.add_argument("--codebook_size", type=int, default=2048)
+    parser.add_argument("--codebook_size", type=int, default=3072)
     for field in dataclasses.fields(TokenizerRecipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args()
@@ -55,7 +55,8 @@ def main() -> None:
     if args.resume_from_checkpoint:
         accelerator.load_state(str(args.output_dir / "checkpoint"))
     average = trainer.train(args.checkpointing_steps, args.validation_steps)
-    torch.save(average.state_dict(), args.output_dir / "average.pt")
+    if accelerator.is_main_process:
+        average.save_pretrained(args.output_dir / "model")
 
 
 if __name__ == "__main__":

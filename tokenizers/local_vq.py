@@ -4,17 +4,17 @@
     image (3, H, W)                                   indices (H/16, W/16)
       unshuffle 4, conv 3x3        /4   w[0]            codeword, conv 1x1     /16  w[3]
       blocks                                            blocks  <- most of the work
-      2x2 stride 2                 /8   w[1]            1x1 + shuffle 2        /8   w[2]
+      2x2 stride 2                 /8   w[1]            up        /8   w[2]
       blocks                                            blocks
-      2x2 stride 2                 /16  w[2]            1x1 + shuffle 2        /4   w[1]
+      2x2 stride 2                 /16  w[2]            up        /4   w[1]
       blocks                                            blocks
-      norm, conv 1x1               /16  d               1x1 + shuffle 2        /2   w[0]
+      norm, conv 1x1               /16  d               up        /2   w[0]
       nearest of K codewords                            blocks, 1x1 + shuffle 2, conv 3x3  /1
 
 Every operation looks at a bounded neighbourhood: no normalisation over space, no attention. So an image can be coded
-in tiles with a halo, and the result is the one of the whole. The dense 3x3 convolutions run at 80 % of a CPU's peak in
-bfloat16, where depth-wise ones reach 25 % (scripts/bench_blocks.py); the full resolution, where memory and not
-arithmetic is the limit, gets one thin convolution, which also keeps the shuffle's 2x2 lattice out of the picture.
+in tiles with a halo, and the result is the one of the whole. Dense 3x3 convolutions because they are what a CPU does
+best (scripts/bench_blocks.py); the full resolution, where memory and not arithmetic is the limit, gets one thin
+convolution, which also smooths the 2x2 lattice that the last shuffle would leave.
 """
 
 from __future__ import annotations
@@ -63,17 +63,22 @@ def blocks(width: int, depth: int) -> nn.Sequential:
 
 
 class Up(nn.Module):
-    """Conv 1x1 to four times the channels, then each group of four becomes a 2x2 square of pixels."""
+    """Conv 1x1 to four times the channels, each group of four becomes a 2x2 square of pixels, then a [1 2 1] blur.
+
+    The blur has its zero just at the frequency of the squares, so the shuffle leaves no lattice at this scale; what the
+    following convolutions want sharp they sharpen. StyleGAN 2 filters its upsampling for the same reason.
+    """
 
     def __init__(self, width_in: int, width_out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(width_in, 4 * width_out, 1)
-        with torch.no_grad():  # the four pixels of a square start equal, so training starts without a lattice
+        with torch.no_grad():  # the four pixels of a square start equal
             self.conv.weight.copy_(self.conv.weight[::4].repeat_interleave(4, 0))
             self.conv.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
+        x = F.pad(F.pixel_shuffle(self.conv(x), 2), (1, 1, 1, 1), mode="replicate")
+        return F.avg_pool2d(F.avg_pool2d(x, 2, stride=1), 2, stride=1)  # [1 1] twice along each axis is [1 2 1]
 
 
 class Encoder(nn.Module):
@@ -125,7 +130,7 @@ class LocalVQ(Tokenizer, PretrainedMixin):
     is_local = True
     decoding_prefixes = ("decoder.", "quantizer.", "token_frequencies")
 
-    def __init__(self, codebook_size: int = 2048, dim: int = 32,
+    def __init__(self, codebook_size: int = 3072, dim: int = 32,
                  encoder_widths: tuple[int, ...] = (64, 128, 256), encoder_depths: tuple[int, ...] = (1, 2, 3),
                  decoder_widths: tuple[int, ...] = (40, 80, 160, 320), decoder_depths: tuple[int, ...] = (2, 2, 2, 4),
                  thin: int = 16) -> None:
@@ -139,7 +144,7 @@ class LocalVQ(Tokenizer, PretrainedMixin):
         self.token_frequencies = uniform_frequencies(codebook_size)
         # A 3x3 convolution reaches one position further at its resolution, whatever way the data flows.
         encoder_reach = 4 + sum(n * s for n, s in zip(encoder_depths, (4, 8, 16), strict=True))
-        decoder_reach = 1 + sum(n * s for n, s in zip(decoder_depths, (2, 4, 8, 16), strict=True))
+        decoder_reach = 1 + sum(n * s for n, s in zip(decoder_depths, (2, 4, 8, 16), strict=True)) + 1 + 2 + 4 + 8  # blurs
         self.halo = -(-max(encoder_reach, decoder_reach) // 16) * 16 + 16
 
     def layout(self, height: int, width: int) -> TokenLayout:
@@ -151,9 +156,13 @@ class LocalVQ(Tokenizer, PretrainedMixin):
         padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
         return self.encoder(padded * 2 - 1)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
-        """Images whose sides are multiples of 16 to (reconstruction, quantized): the training path, not clamped."""
-        quantized = self.quantizer(self.latents(images))
+    def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized]:
+        """Images whose sides are multiples of 16 to (reconstruction, quantized): the training path, not clamped.
+
+        Without `quantize` the latents pass as they are, in `z_q`, with no indices: how training warms up.
+        """
+        z = self.latents(images)
+        quantized = self.quantizer(z) if quantize else Quantized(z, z.new_empty(0, dtype=torch.int64), z.new_zeros(()))
         return self.reconstruct(quantized.z_q), quantized
 
     def reconstruct(self, z_q: Tensor) -> Tensor:

@@ -10,15 +10,17 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from vtc.errors import TrainingError
 from vtc.eval.lattice import error_spectrum, lattice_ratio
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
@@ -28,32 +30,31 @@ from vtc.training.perceptual import PerceptualLoss
 
 @dataclass
 class TokenizerRecipe:
-    """Hyper-parameters of one run."""
+    """Hyper-parameters of one run; each is a flag of `scripts/train_tokenizer.py`."""
 
-    resolution: int = 192
-    batch_size: int = 8
-    steps: int = 14000
+    resolution: int = 224
+    train_batch_size: int = 6
+    gradient_accumulation_steps: int = 1
+    max_train_steps: int = 9000
     learning_rate: float = 6e-4
     final_learning_rate: float = 1e-5
-    warmup_steps: int = 200
+    lr_warmup_steps: int = 200
     weight_decay: float = 0.01
-    clip_norm: float = 1.0
+    max_grad_norm: float = 1.0
     l1_weight: float = 4.0
-    mse_weight: float = 0.0
     perceptual_weight: float = 1.0
-    #: steps without quantization; the latents of the last of them give the K-means start of the codebook
+    #: steps without quantization; the latents of the last fifty give the K-means start of the codebook
     continuous_steps: int = 300
     ema_decay: float = 0.999
     seed: int = 0
 
-
-def learning_rate_at(step: int, recipe: TokenizerRecipe) -> float:
-    """Linear warm-up, then a cosine down to the final rate."""
-    if step < recipe.warmup_steps:
-        return recipe.learning_rate * (step + 1) / recipe.warmup_steps
-    progress = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    span = recipe.learning_rate - recipe.final_learning_rate
-    return recipe.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to the final rate."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 @torch.no_grad()
@@ -77,97 +78,114 @@ def evaluate(model: LocalVQ, images: list[Tensor], judge: LPIPS) -> dict[str, fl
 
 
 class TokenizerTrainer:
-    """One training run; `train` returns the averaged model."""
+    """One training run; `train` returns the averaged model.
+
+    All randomness of a step comes from the seed and the step's number, so a run that was stopped goes on to the bit.
+    """
 
     def __init__(self, model: LocalVQ, recipe: TokenizerRecipe, accelerator: Accelerator, files: list[Path],
                  output_dir: Path, perceptual: LPIPS, judge: LPIPS | None, validation: list[Tensor]) -> None:
         self.recipe, self.accelerator, self.files, self.output_dir = recipe, accelerator, files, output_dir
         self.judge, self.validation = judge, validation
         self.step = 0
+        self.warm_latents: list[Tensor] = []
         self.loss = PerceptualLoss(perceptual).to(accelerator.device)
         model = model.to(memory_format=torch.channels_last)
-        decayed = [p for p in model.parameters() if p.ndim > 1]
-        plain = [p for p in model.parameters() if p.ndim <= 1]
-        optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": recipe.weight_decay},
-                                       {"params": plain, "weight_decay": 0.0}], lr=recipe.learning_rate,
-                                      betas=(0.9, 0.99))
+        groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
+                  {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.average = AveragedModel(accelerator.unwrap_model(self.model),
-                                     multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        self.average = AveragedModel(self._bare_model(), multi_avg_fn=self._average_in)
         accelerator.register_for_checkpointing(self)
 
-    def state_dict(self) -> dict[str, object]:
-        quantizer = self.accelerator.unwrap_model(self.model).quantizer
-        return {"step": self.step, "average": self.average.state_dict(),
+    def _average_in(self, averages: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+        # The decay grows with the run, so the first, useless weights are soon forgotten.
+        decay = min(self.recipe.ema_decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averages, current, 1 - decay)
+
+    def _bare_model(self) -> LocalVQ:
+        return self.accelerator.unwrap_model(self.model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model, optimizer and random state."""
+        quantizer = self._bare_model().quantizer
+        return {"step": self.step, "average": self.average.state_dict(), "warm_latents": self.warm_latents,
                 "ema_counts": quantizer.ema_counts, "ema_sums": quantizer.ema_sums}
 
-    def load_state_dict(self, state: dict) -> None:
-        self.step = state["step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.step, self.warm_latents = state["step"], state["warm_latents"]
         self.average.load_state_dict(state["average"])
-        quantizer = self.accelerator.unwrap_model(self.model).quantizer
+        quantizer = self._bare_model().quantizer
         quantizer.ema_counts.copy_(state["ema_counts"])
         quantizer.ema_sums.copy_(state["ema_sums"])
 
-    def train(self, checkpoint_every: int, validate_every: int) -> LocalVQ:
+    def train(self, checkpointing_steps: int, validation_steps: int) -> LocalVQ:
+        """Run from the current step to the recipe's last; the weights' moving average comes back."""
         recipe, accelerator = self.recipe, self.accelerator
-        crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
-        sampler = NumberedSampler(self.step * recipe.batch_size, recipe.steps * recipe.batch_size)
-        loader = accelerator.prepare(DataLoader(crops, recipe.batch_size, sampler=sampler, num_workers=1,
-                                                prefetch_factor=8, drop_last=True))
-        bar = tqdm(total=recipe.steps, initial=self.step, disable=not accelerator.is_main_process)
-        latents: list[Tensor] = []
-        started, running = time.time(), {}
-        for batch in loader:
-            images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-            if self.step == recipe.continuous_steps and latents:
-                accelerator.unwrap_model(self.model).quantizer.start_from(torch.cat(latents))
-                latents.clear()
-            parts = self._losses(images, latents)
-            loss = sum(parts.values())
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        bar = tqdm(total=recipe.max_train_steps, initial=self.step, disable=not accelerator.is_main_process)
+        started, running = time.time(), dict[str, float]()
+        batches = iter(self._loader())
+        while self.step < recipe.max_train_steps:
+            torch.manual_seed(recipe.seed * 1_000_003 + self.step * accelerator.num_processes
+                              + accelerator.process_index)
+            if self.step == recipe.continuous_steps and self.warm_latents:
+                self._bare_model().quantizer.start_from(torch.cat(self.warm_latents))
+                self.warm_latents = []
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate_at(self.step, recipe)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.average.update_parameters(accelerator.unwrap_model(self.model))
+                group["lr"] = recipe.learning_rate_at(self.step)
+            for _ in range(recipe.gradient_accumulation_steps):
+                with accelerator.accumulate(self.model):
+                    parts = self._losses(next(batches))
+                    accelerator.backward(sum(parts.values()))
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad(set_to_none=True)
+                for name, value in parts.items():
+                    running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
+            self.average.update_parameters(self._bare_model())
             self.step += 1
             bar.update()
-            for name, value in parts.items():
-                running[name] = running.get(name, 0.0) * 0.98 + 0.02 * value.item()
-            if self.step % 50 == 0:
+            if not all(map(math.isfinite, running.values())):
+                raise TrainingError(f"The loss is no longer finite at step {self.step}: {running}. Resume from the last "
+                                    f"checkpoint with a lower --learning_rate.")
+            if self.step % 20 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in running.items()})
-            if self.step % validate_every == 0 or self.step == recipe.steps:
+            last = self.step == recipe.max_train_steps
+            if self.step % validation_steps == 0 or last:
                 self._validate(time.time() - started)
-            if self.step % checkpoint_every == 0 or self.step == recipe.steps:
+            if self.step % checkpointing_steps == 0 or last:
                 accelerator.save_state(str(self.output_dir / "checkpoint"))
         bar.close()
         return self.average.module
 
-    def _losses(self, images: Tensor, latents: list[Tensor]) -> dict[str, Tensor]:
+    def _loader(self) -> DataLoader[Tensor]:
         recipe = self.recipe
+        per_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
+        crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
+        sampler = NumberedSampler(self.step * per_step, recipe.max_train_steps * per_step)
+        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=sampler, num_workers=1,
+                                                   prefetch_factor=8, drop_last=True))
+
+    def _losses(self, batch: Tensor) -> dict[str, Tensor]:
+        """The weighted terms for a (B, 3, S, S) uint8 batch."""
+        recipe = self.recipe
+        images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+        quantize = self.step >= recipe.continuous_steps
         with self.accelerator.autocast():
-            if self.step < recipe.continuous_steps:
-                z = self.model.latents(images)
-                if self.step >= recipe.continuous_steps - 50:
-                    latents.append(z.detach().movedim(1, -1).flatten(0, -2))
-                output, commitment = self.model.reconstruct(z), images.new_zeros(())
-            else:
-                output, quantized = self.model(images)
-                commitment = quantized.loss
+            output, quantized = self.model(images, quantize=quantize)
             perceptual = self.loss(images, output)
-        output = output.float()
-        parts = {"l1": recipe.l1_weight * F.l1_loss(output, images), "lpips": recipe.perceptual_weight * perceptual,
-                 "commit": commitment}
-        if recipe.mse_weight:
-            parts["mse"] = recipe.mse_weight * F.mse_loss(output, images)
-        return parts
+        if not quantize and self.step >= recipe.continuous_steps - 50:
+            self.warm_latents.append(quantized.z_q.detach().movedim(1, -1).flatten(0, -2))
+        return {"l1": recipe.l1_weight * F.l1_loss(output.float(), images),
+                "lpips": recipe.perceptual_weight * perceptual, "commit": quantized.loss}
 
     def _validate(self, seconds: float) -> None:
         if self.judge is None or not self.accelerator.is_main_process:
             return
-        self.average.module.eval()
-        result = {"step": self.step, "seconds": round(seconds), **evaluate(self.average.module, self.validation, self.judge)}
+        model = self.average.module.eval()
+        result = {"step": self.step, "seconds": round(seconds), **evaluate(model, self.validation, self.judge)}
         tqdm.write(json.dumps(result))
         with (self.output_dir / "validation.jsonl").open("a") as log:
             log.write(json.dumps(result) + "\n")
