@@ -44,8 +44,8 @@ def continue_in_environment(extras: tuple[str, ...] = ()) -> None:
 
 
 def ingredients() -> str:
-    """Changes when an existing environment no longer fits: its Python, its place, or what is to be installed."""
-    digest = hashlib.sha256(f"{sys.version} {ENVIRONMENT} {ROOT}".encode())
+    """Changes when what is to be installed changes, or the place it is installed from."""
+    digest = hashlib.sha256(str(ROOT).encode())
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
@@ -66,10 +66,14 @@ def write_note(**note: object) -> None:
     temporary.replace(NOTE)
 
 
+def is_sound(note: dict) -> bool:
+    """Whether the environment was finished and the Python that it links to is still the same one."""
+    return bool(note.get("complete")) and note.get("python") == os.path.realpath(PYTHON) and os.access(PYTHON, os.X_OK)
+
+
 def is_ready(extras: tuple[str, ...]) -> bool:
     note = read_note()
-    return (note.get("made_of") == ingredients() and note.get("complete") is True
-            and set(extras) <= set(note.get("extras", ())) and os.access(PYTHON, os.X_OK))
+    return is_sound(note) and note.get("made_of") == ingredients() and set(extras) <= set(note.get("extras", ()))
 
 
 def make(extras: tuple[str, ...]) -> None:
@@ -80,22 +84,21 @@ def make(extras: tuple[str, ...]) -> None:
     """
     note = read_note()
     own = note.get("own") is True or not ENVIRONMENT.exists() or not any(ENVIRONMENT.iterdir())
-    fits = note.get("made_of") == ingredients() and os.access(PYTHON, os.X_OK)
-    if own and ENVIRONMENT.exists() and not (fits and note.get("complete")):
+    sound = is_sound(note)
+    extras = tuple(sorted({*extras, *note.get("extras", ())}))
+    if own and not sound and ENVIRONMENT.exists():
         shutil.rmtree(ENVIRONMENT)
-    extras = tuple(sorted({*extras, *(note.get("extras", ()) if fits else ())}))
 
     say(f"Setting up {ENVIRONMENT}: a few minutes, once.")
     ENVIRONMENT.mkdir(parents=True, exist_ok=True)
-    write_note(own=own, complete=False)
-    if not fits or not note.get("complete"):
+    write_note(own=own, complete=False, extras=extras)
+    if not sound:
         step("venv", str(ENVIRONMENT), failed="Python could not make a virtual environment. On Debian and Ubuntu its "
              "parts come separately: apt install python3-venv.")
     target = f"{ROOT}[{','.join(extras)}]" if extras else str(ROOT)
-    step("pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"),
-         "-e", target, python=PYTHON,
-         failed="pip could not install vtc; its message is above. Run this again when the cause is gone.")
-    write_note(own=own, complete=True, made_of=ingredients(), extras=extras)
+    step("pip", "install", "--disable-pip-version-check", "-c", str(ROOT / "constraints.txt"), "-e", target,
+         python=PYTHON, failed="pip could not install vtc; its message is above. Run this again when that is mended.")
+    write_note(own=own, complete=True, extras=extras, made_of=ingredients(), python=os.path.realpath(PYTHON))
 
 
 def step(*module: str, failed: str, python: Path = Path(sys.executable)) -> None:

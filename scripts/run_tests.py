@@ -3,7 +3,7 @@
 The first run makes `.venv` and installs there what the tests need; later ones start at once.
 """
 
-import os
+import subprocess
 import sys
 
 from environment import ROOT, continue_in_environment
@@ -11,10 +11,7 @@ from environment import ROOT, continue_in_environment
 
 def main() -> None:
     continue_in_environment(extras=("dev", "compressai"))
-    os.chdir(ROOT)
-    import pytest
-
-    sys.exit(pytest.main(sys.argv[1:]))
+    sys.exit(subprocess.call([sys.executable, "-m", "pytest", *sys.argv[1:]], cwd=ROOT))
 
 
 if __name__ == "__main__":
