@@ -19,13 +19,15 @@ convolution, which also smooths the 2x2 lattice that the last shuffle would leav
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
 from vtc.hub import PretrainedMixin
-from vtc.tokenizers.base import Quantized, TokenLayout, Tokenizer, Tokens
+from vtc.tokenizers.base import Quantized, Tokenizer, TokenLayout, Tokens
 from vtc.tokenizers.vector_quantizer import VectorQuantizer
 
 
@@ -59,6 +61,7 @@ def uniform_frequencies(codebook_size: int, total: int = 2**20) -> Tensor:
 
 
 def blocks(width: int, depth: int) -> nn.Sequential:
+    """`depth` blocks in a row."""
     return nn.Sequential(*(Block(width) for _ in range(depth)))
 
 
@@ -88,7 +91,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3 * 4 * 4, widths[0], 3, padding=1)
         self.stages = nn.ModuleList(blocks(w, n) for w, n in zip(widths, depths, strict=True))
-        self.downs = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in zip(widths, widths[1:], strict=False))
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 2, stride=2) for a, b in pairwise(widths))
         self.norm = ChannelNorm(widths[-1])
         self.head = nn.Conv2d(widths[-1], dim, 1)
 
@@ -142,9 +145,10 @@ class LocalVQ(Tokenizer, PretrainedMixin):
         self.decoder = Decoder(tuple(decoder_widths), tuple(decoder_depths), dim, thin)
         # Until `scripts/fit_tables.py` has counted a folder of photographs, every word is equally likely.
         self.token_frequencies = uniform_frequencies(codebook_size)
-        # A 3x3 convolution reaches one position further at its resolution, whatever way the data flows.
+        # A 3x3 convolution and a blur reach one position further at their resolution.
         encoder_reach = 4 + sum(n * s for n, s in zip(encoder_depths, (4, 8, 16), strict=True))
-        decoder_reach = 1 + sum(n * s for n, s in zip(decoder_depths, (2, 4, 8, 16), strict=True)) + 1 + 2 + 4 + 8  # blurs
+        blurs = 1 + 2 + 4 + 8
+        decoder_reach = 1 + blurs + sum(n * s for n, s in zip(decoder_depths, (2, 4, 8, 16), strict=True))
         self.halo = -(-max(encoder_reach, decoder_reach) // 16) * 16 + 16
 
     def layout(self, height: int, width: int) -> TokenLayout:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vtc.tokenizers.base import TokenLayout, Tokenizer, Tokens
+from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 
 #: side in pixels of a tile without its halo: activations of some 400 MB for the bundled model
 DEFAULT_TILE = 1024
@@ -29,8 +29,7 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE)
     indices = torch.empty(len(images), rows, columns, layout.groups, dtype=torch.int64, device=images.device)
     for inner_rows, outer_rows in _spans(rows, tile // f, halo):
         for inner_columns, outer_columns in _spans(columns, tile // f, halo):
-            part = images[..., outer_rows.start * f : outer_rows.stop * f, outer_columns.start * f : outer_columns.stop * f]
-            (grid,) = tokenizer.encode(part).grids()
+            (grid,) = tokenizer.encode(images[..., _scaled(outer_rows, f), _scaled(outer_columns, f)]).grids()
             indices[:, inner_rows, inner_columns] = grid[:, _within(inner_rows, outer_rows),
                                                          _within(inner_columns, outer_columns)]
     return Tokens(indices.flatten(1, 2), layout, height, width)

@@ -50,10 +50,10 @@ class RandomCrops(Dataset[Tensor]):
         left, top = rng.integers(width - side + 1), rng.integers(height - side + 1)
         box = (left / scale, top / scale, min((left + side) / scale, image.width),
                min((top + side) / scale, image.height))
-        crop = np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
+        crop = np.array(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
         if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        return torch.from_numpy(np.ascontiguousarray(crop)).permute(2, 0, 1)
+            crop = np.ascontiguousarray(crop[:, ::-1])
+        return torch.from_numpy(crop).permute(2, 0, 1)
 
 
 class NumberedSampler(Sampler[int]):

@@ -2,7 +2,7 @@
 
 A decoder trained on plain LPIPS learns that network's blind spots: it lays a lattice at its own strides that the
 network's fixed grid of convolutions does not see. So both pictures are seen through a random window first - scaled,
-shifted by a fraction of a pixel, mirrored, turned by a quarter - and what must survive all of them is what a person sees.
+shifted by a fraction of a pixel, mirrored, turned by a quarter - and what survives all of them is what a person sees.
 The idea is that of E-LPIPS (Kettunen et al., 1906.03973).
 """
 

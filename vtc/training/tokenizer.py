@@ -120,23 +120,27 @@ class TokenizerTrainer:
         quantizer.ema_counts.copy_(state["ema_counts"])
         quantizer.ema_sums.copy_(state["ema_sums"])
 
-    def train(self, checkpointing_steps: int, validation_steps: int) -> LocalVQ:
-        """Run from the current step to the recipe's last; the weights' moving average comes back."""
+    def train(self, checkpointing_steps: int, validation_steps: int, stop_at: int | None = None) -> LocalVQ:
+        """Run from the current step to the recipe's last, or pause at `stop_at`; the weights' average comes back.
+
+        A checkpoint is written every `checkpointing_steps` and at the end.
+        """
         recipe, accelerator = self.recipe, self.accelerator
+        final_step = recipe.max_train_steps if stop_at is None else min(stop_at, recipe.max_train_steps)
         bar = tqdm(total=recipe.max_train_steps, initial=self.step, disable=not accelerator.is_main_process)
         started, running = time.time(), dict[str, float]()
         batches = iter(self._loader())
-        while self.step < recipe.max_train_steps:
-            torch.manual_seed(recipe.seed * 1_000_003 + self.step * accelerator.num_processes
-                              + accelerator.process_index)
+        while self.step < final_step:
             if self.step == recipe.continuous_steps and self.warm_latents:
                 self._bare_model().quantizer.start_from(torch.cat(self.warm_latents))
                 self.warm_latents = []
             for group in self.optimizer.param_groups:
                 group["lr"] = recipe.learning_rate_at(self.step)
-            for _ in range(recipe.gradient_accumulation_steps):
+            for part in range(recipe.gradient_accumulation_steps):
+                batch = next(batches)  # before seeding: the first one also starts the worker, which draws a number
+                torch.manual_seed(hash((recipe.seed, self.step, part, accelerator.process_index)))
                 with accelerator.accumulate(self.model):
-                    parts = self._losses(next(batches))
+                    parts = self._losses(batch)
                     accelerator.backward(sum(parts.values()))
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
@@ -148,11 +152,11 @@ class TokenizerTrainer:
             self.step += 1
             bar.update()
             if not all(map(math.isfinite, running.values())):
-                raise TrainingError(f"The loss is no longer finite at step {self.step}: {running}. Resume from the last "
+                raise TrainingError(f"The loss is not finite at step {self.step}: {running}. Resume from the last "
                                     f"checkpoint with a lower --learning_rate.")
             if self.step % 20 == 0:
                 bar.set_postfix({k: f"{v:.4f}" for k, v in running.items()})
-            last = self.step == recipe.max_train_steps
+            last = self.step == final_step
             if self.step % validation_steps == 0 or last:
                 self._validate(time.time() - started)
             if self.step % checkpointing_steps == 0 or last:
