@@ -1,7 +1,8 @@
 """Lattice energy: does the error repeat at the network's strides?
 
-A decoder that draws 2x2 or 16x16 cells side by side leaves a grid in the picture: narrow peaks in the error's spectrum at
-the harmonics of the stride. Measured is each peak against its neighbouring bins, so image content cancels. Own definition.
+A decoder that draws 2x2 or 16x16 cells side by side leaves a grid in the picture: narrow peaks in the spectrum of the
+error at the harmonics of the stride. Measured is each peak against its neighbouring bins, so image content cancels.
+Own definition.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vtc.errors import ConfigError
+from vtc.eval.metric import Metric, check_pair
+
 
 def error_spectrum(images: Tensor, reconstructions: Tensor, period: int, cells: int = 16) -> Tensor:
-    """Power of the luminance error at frequencies k / (period * cells), k = 0 .. period * cells / 2, both axes averaged.
+    """Power of the luminance error at frequencies k / (period * cells), k = 0 .. period * cells / 2, over both axes.
 
     Lines are cut into Hann-windowed pieces of period * cells pixels (Welch), half overlapping, so images of any
     size add up; (period * cells / 2 + 1,) float64, a sum over pieces.
@@ -41,3 +45,47 @@ def lattice_ratio(spectrum: Tensor, period: int, cells: int = 16) -> float:
         # At the highest frequency the real transform has one phase instead of two: half the power of its neighbours.
         ratios.append(float(spectrum[k] / torch.stack(near).mean()))
     return max(ratios)
+
+
+class LatticeRatio(Metric):
+    """`lattice_ratio` of a data set: the spectra of all errors are added up before the peaks are measured.
+
+    period: the largest stride of the network in pixels; its harmonics hold those of the smaller ones.
+    Pictures with both sides shorter than period * cells add nothing; without any larger one the result is NaN.
+
+    >>> _ = torch.manual_seed(0)
+    >>> target = torch.full((1, 3, 256, 256), 0.5)
+    >>> noisy = target + 0.1 * torch.rand(1, 3, 256, 256)
+    >>> metric = LatticeRatio(period=16)
+    >>> metric.update(noisy, target)
+    >>> metric.compute().item() < 1.3
+    True
+    >>> noisy[..., ::2] += 0.02
+    >>> metric.reset()
+    >>> metric.update(noisy, target)
+    >>> metric.compute().item() > 2
+    True
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    spectrum: Tensor
+
+    def __init__(self, period: int = 16, cells: int = 16) -> None:
+        super().__init__()
+        if period < 2 or period % 2 or cells < 12:
+            raise ConfigError(f"The period must be even and at least 2, and cells at least 12, not {period}, {cells}.")
+        self.period, self.cells = period, cells
+        bins = torch.zeros(period * cells // 2 + 1, dtype=torch.float64)
+        self.add_state("spectrum", bins, dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add a batch of pairs, (B, 3, H, W) in [0, 1]."""
+        check_pair(preds, target)
+        self.spectrum += error_spectrum(target, preds, self.period, self.cells)
+
+    def compute(self) -> Tensor:
+        """The ratio, float64."""
+        ratio = lattice_ratio(self.spectrum, self.period, self.cells) if self.spectrum.any() else float("nan")
+        return torch.tensor(ratio, dtype=torch.float64)

@@ -1,0 +1,47 @@
+"""Under what circumstances a number was made: it goes into every result, so that unlike is not compared with like."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+#: what changes pixels, bytes or scores
+PACKAGES = ("vtc", "torch", "numpy", "pillow", "pillow-jxl-plugin", "torchmetrics", "lpips", "constriction", "scipy")
+
+
+def provenance() -> dict[str, object]:
+    """Versions, processor, threads, and the command: what a result file records besides its own settings.
+
+    Paths are given as they stand on the command line; the home folder is not spelled out otherwise.
+    """
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "python": platform.python_version(),
+            "system": f"{platform.system()} {platform.machine()}", "processor": processor(),
+            "processors": os.cpu_count(), "threads": torch.get_num_threads(), "packages": versions}
+
+
+def processor() -> str:
+    """The processor's name, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"
+
+
+def sha256(path: str | os.PathLike[str]) -> str:
+    """Of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
