@@ -52,7 +52,7 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: boo
     except (OSError, ValueError) as error:
         raise ModelError(f"The {hub.CONFIG} of the model {name!r} cannot be read: {error}.") from error
     kind = config.get("class") if isinstance(config, dict) else None
-    if kind not in TOKENIZER_CLASSES:
+    if not isinstance(kind, str) or kind not in TOKENIZER_CLASSES:
         raise ModelError(f"The model {name!r} is of class {kind!r}; the tokenizers that vtc knows are "
                          f"{', '.join(TOKENIZER_CLASSES)}.")
     tokenizer: Tokenizer = getattr(import_module(TOKENIZER_CLASSES[kind]), kind).from_pretrained(where.as_posix())

@@ -1,0 +1,1 @@
+"""The command lines. Nothing here imports torch, numpy or Pillow before the arguments are parsed."""

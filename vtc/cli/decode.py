@@ -1,0 +1,162 @@
+"""vtc-decode: .vtc files to pictures, or to what their headers say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vtc.cli.common import (
+    DONE,
+    FAILED,
+    Made,
+    add_arguments,
+    guarded,
+    load_model,
+    not_called,
+    run,
+    say,
+    sentence,
+    share_cpus,
+)
+from vtc.cli.plan import Task, UsageError, plan
+from vtc.errors import ModelError, VtcError
+from vtc.files import read_file
+from vtc.models import name_of
+
+if TYPE_CHECKING:
+    from vtc.codecs.container import Container
+    from vtc.codecs.token_codec import TokenCodec
+
+#: --format -> (Pillow's name, suffix of files that get their name from the input)
+FORMATS = {"png": ("PNG", ".png"), "jpeg": ("JPEG", ".jpg"), "webp": ("WEBP", ".webp")}
+#: suffix of -o -> --format
+FORMAT_OF = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of vtc-decode."""
+    parser = argparse.ArgumentParser(
+        prog="vtc-decode", description="Turn .vtc files back into pictures.",
+        epilog="Exit codes: 0 done, 1 a file failed (the others are done), 2 usage, 130 stopped.")
+    add_arguments(parser, output_help="file ending in .png, .jpg or .webp, '-' (stdout), or a folder: one that exists, "
+                                      "ends in a slash, or is needed for several inputs; default: next to the input",
+                  model_help="bundled model or the folder of one; default: the bundled one that the stream names")
+    parser.add_argument("--format", choices=tuple(FORMATS),
+                        help="format of the pictures; default: the suffix of -o, else png")
+    parser.add_argument("--info", action="store_true",
+                        help="say on stdout what the headers hold and decode nothing; needs no model")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        try:
+            if args.info and args.output:
+                raise UsageError("--info writes to stdout and takes no -o")
+            chosen = args.format or "png"
+            tasks = plan(args.inputs, args.output, (".vtc",), FORMATS[chosen][1])
+            if args.info:
+                return _info(tasks, args.json)
+            if len(tasks) == 1 and tasks[0].target == args.output != "-":
+                chosen = _format_of(args.output, args.format)
+        except UsageError as error:
+            parser.error(str(error))
+        format = FORMATS[chosen][0]
+        work = not_called if all(task.problem for task in tasks) else _decoder(args.model, args.device, format)
+        return run(parser.prog, tasks, work, args.jobs, args.json, args.quiet)
+
+    return guarded(parser, command)
+
+
+def _format_of(path: str, wanted: str | None) -> str:
+    suffix = os.path.splitext(path)[1].lower()
+    by_suffix = FORMAT_OF.get(suffix)
+    if wanted is None and by_suffix is None:
+        raise UsageError(f"-o {path} ends in none of {', '.join(FORMAT_OF)}; give another name or --format")
+    if wanted and by_suffix and wanted != by_suffix:
+        raise UsageError(f"-o {path} and --format {wanted} contradict each other")
+    return wanted or by_suffix or "png"
+
+
+def _decoder(model: str | None, device: str, format: str) -> Callable[[Task], Made]:
+    from vtc.codecs import container
+    from vtc.codecs.token_codec import TokenCodec
+    from vtc.images import MAX_PIXELS, encode_image
+
+    share_cpus(1)
+    codecs: dict[str, TokenCodec] = {}
+    loading = threading.Lock()
+
+    def codec_for(name: str) -> TokenCodec:
+        with loading:
+            if name not in codecs:
+                codecs[name] = TokenCodec(load_model(name, device), MAX_PIXELS)
+            return codecs[name]
+
+    if model is not None:
+        codec_for(model)  # a model that cannot be loaded is one failure, not one for each file
+
+    def work(task: Task) -> Made:
+        stream = read_file(task.source)
+        header = container.parse(stream, MAX_PIXELS)
+        (image,) = codec_for(model or _bundled_model(header)).decompress([stream])
+        return Made(encode_image(image, format), header.width, header.height, len(stream))
+
+    return work
+
+
+def _bundled_model(header: Container) -> str:
+    name = name_of(header.model_id)
+    if name is None:
+        which = f"model number {header.model_id}" if header.model_id else "a model of its own"
+        raise ModelError(f"The stream was made with {which} (fingerprint {header.fingerprint.hex()}), which this "
+                         "version of vtc does not ship; give the model's folder by --model.")
+    return name
+
+
+def _info(tasks: Sequence[Task], as_json: bool) -> int:
+    """Print the facts of each header."""
+    from vtc.codecs import container
+
+    code = DONE
+    for task in tasks:
+        try:
+            if task.problem and not task.target:
+                raise VtcError(task.problem)
+            stream = read_file(task.source)
+            facts = _facts(task.source, stream, container.parse(stream))
+        except Exception as error:
+            code = FAILED
+            facts = {"input": task.source, "error": sentence(error, task.source)}
+            say(facts["error"])
+        if as_json:
+            print(json.dumps(facts, ensure_ascii=False), flush=True)
+        elif "error" not in facts:
+            print("\n".join(f"{key + ':':<15} {_text(value)}" for key, value in facts.items()), flush=True)
+    return code
+
+
+def _facts(source: str, stream: bytes, header: Container) -> dict[str, Any]:
+    from vtc.codecs.container import VERSION
+
+    return {"input": source, "version": VERSION, "width": header.width, "height": header.height,
+            "bytes": len(stream), "bpp": 8 * len(stream) / (header.width * header.height),
+            "scales": [list(scale) for scale in header.scales], "groups": header.groups,
+            "coder": header.coder.name.lower(), "payload_bytes": len(header.payload), "model_id": header.model_id,
+            "model": name_of(header.model_id), "fingerprint": header.fingerprint.hex()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(f"{rows}x{columns}" for rows, columns in value)
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "not bundled" if value is None else str(value)

@@ -1,0 +1,110 @@
+"""Which file becomes which: inputs and `-o` to a list of tasks, before anything is read or written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vtc.errors import FileError
+
+
+class UsageError(Exception):
+    """Arguments that contradict one another: exit code 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One file to be made.
+
+    source, target: paths, or '-' for stdin and stdout.
+    make_folder: whether the target's folder may be created (it lies in a folder given by -o).
+    problem: why this task fails without being tried; '' where it does not.
+    """
+
+    source: str
+    target: str
+    make_folder: bool = False
+    problem: str = ""
+
+
+def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[Task]:
+    """Tasks in the order of the inputs; folders are walked, sorted, and stand for their files with one of `suffixes`.
+
+    output: None puts each result next to its input with `new_suffix`. '-' is stdout. A folder (one that exists, or
+    ends in a slash, or is needed for several inputs) receives the results under their inputs' names, and files of an
+    input folder keep their place below it; its last part is created where it is missing. Else it is the file to write.
+
+    No two tasks write the same file and none writes onto an input: the later one has a `problem` instead.
+    Raises UsageError, and FileError where the output folder cannot be one.
+    """
+    several = len(inputs) > 1 or any(os.path.isdir(name) for name in inputs)
+    if "-" in inputs and several:
+        raise UsageError("'-' (stdin) has to be the only input")
+    if output == "-" and several:
+        raise UsageError("'-o -' (stdout) takes a single input file")
+    is_folder = output not in (None, "-") and (several or os.path.isdir(output) or output.endswith(("/", os.sep)))
+    if is_folder and "-" in inputs:
+        raise UsageError("input from stdin has no name; give -o a file, not a folder")
+    folder = output if is_folder else None
+    if folder is not None:
+        _check_folder(folder)
+    elif output not in (None, "-") and not os.path.isdir(os.path.dirname(output) or "."):
+        raise FileError(f"The output folder {os.path.dirname(output)} does not exist; create it first.")
+
+    tasks: list[Task] = []
+    sources = {os.path.realpath(name) for name in inputs if name != "-"}
+    writer: dict[str, str] = {}  # real path of a target -> the source that writes it
+    for source, place in _expanded(inputs, suffixes):
+        if not place:
+            tasks.append(Task(source, "", problem=f"The folder {source} has no files in {', '.join(suffixes)}."))
+            continue
+        if folder is not None:
+            target = os.path.join(folder, os.path.splitext(place)[0] + new_suffix)
+        elif output is not None:
+            target = output
+        else:
+            target = "-" if source == "-" else os.path.splitext(source)[0] + new_suffix
+        real = "-" if target == "-" else os.path.realpath(target)
+        sources.add(os.path.realpath(source))
+        if writer.get(real) == os.path.realpath(source):
+            continue  # the same file was named twice
+        problem = ""
+        if source != "-" and not os.path.lexists(source):
+            problem = f"{source} does not exist."
+        elif real in writer:
+            problem = (f"{source} would overwrite {target}, which {os.path.relpath(writer[real])} becomes; "
+                       "rename one of them, or use -o for it alone.")
+        tasks.append(Task(source, target, folder is not None, problem))
+        writer.setdefault(real, os.path.realpath(source))
+    return [task if task.problem or os.path.realpath(task.target) not in sources or task.target == "-" else
+            Task(task.source, task.target, problem=f"{task.source} would be written onto the input {task.target}; "
+                                                   "choose another name with -o.") for task in tasks]
+
+
+def _check_folder(folder: str) -> None:
+    if os.path.isdir(folder):
+        return
+    if os.path.exists(folder):
+        raise FileError(f"The output {folder} is a file, and a folder is needed here.")
+    parent = os.path.dirname(folder.rstrip("/" + os.sep)) or "."
+    if not os.path.isdir(parent):
+        raise FileError(f"The output folder {folder} cannot be made, because {parent} does not exist; create it first.")
+
+
+def _expanded(inputs: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(path, its place below the input it came from); the place is '' for a folder that holds nothing."""
+    for name in inputs:
+        if not os.path.isdir(name):
+            yield name, os.path.basename(name)
+            continue
+        found = False
+        for root, folders, files in os.walk(name):
+            folders.sort()
+            for file in sorted(files):
+                if file.lower().endswith(tuple(suffixes)):
+                    found = True
+                    path = os.path.join(root, file)
+                    yield path, os.path.relpath(path, name)
+        if not found:
+            yield name, ""
