@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 import vtc
 assert Path(vtc.__file__).is_relative_to(sys.prefix), vtc.__file__
-a, b = vtc.load_image("coffee.png"), vtc.load_image("back.png")
+a, b = vtc.load_image("coffee.png").tensor(), vtc.load_image("back.png").tensor()
 assert a.shape == b.shape, (a.shape, b.shape)
 psnr = -10 * (a - b).pow(2).mean().log10().item()
 print(f"{Path('coffee.vtc').stat().st_size} bytes, PSNR {psnr:.2f} dB, vtc {vtc.__version__}")

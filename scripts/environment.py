@@ -1,8 +1,8 @@
 """The virtual environment that quickstart.py and run_tests.py work in: made on the first run, found on the next ones.
 
 It lies in `.venv` at the repository root (VTC_VENV names another place) and holds vtc, editable, with the versions of
-constraints.txt. A note inside it says what it was made of. Another Python, a changed pyproject.toml or constraints.txt, a
-missing extra, or a run that was killed half-way: the next run makes good what is missing.
+constraints.txt. A note inside it says what it was made of. Another Python, a changed pyproject.toml or constraints.txt,
+a missing extra, or a run that was killed half-way: the next run makes good what is missing.
 
 Standard library only: this runs on a Python that has nothing installed.
 """

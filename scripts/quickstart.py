@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-#: prints one line a number; the last tells how to get the weights that LPIPS needs
+#: gets the weights that LPIPS needs, into the folder where torch keeps its downloads
 DOWNLOAD = ("python -c \"from vtc.torchvision_guard import ensure_torchvision_imports as mend; mend(); "
             "import torchvision; torchvision.models.alexnet(weights='DEFAULT')\"")
 
@@ -39,15 +39,12 @@ def main() -> None:
 
 
 def there_and_back(picture: Path, folder: Path) -> None:
-    import torch
-
     from vtc import TokenCodec, load_image, load_tokenizer, save_image
 
-    image = load_image(picture)
+    image = load_image(picture).tensor()
     codec = TokenCodec(load_tokenizer())
-    with torch.inference_mode():
-        stream = codec.compress(image)
-        decoded = codec.decompress(stream)
+    [stream] = codec.compress(image[None])
+    [decoded] = codec.decompress([stream])
 
     folder.mkdir(parents=True, exist_ok=True)
     encoded_to, decoded_to, both_to = (folder / f"{picture.stem}{end}" for end in
@@ -56,15 +53,16 @@ def there_and_back(picture: Path, folder: Path) -> None:
     save_image(decoded, decoded_to)
 
     height, width = image.shape[-2:]
-    decoded = (decoded * 255).round() / 255  # what the PNG holds
-    psnr = -10 * torch.log10((image - decoded).pow(2).mean()).item()
+    decoded = load_image(decoded_to).tensor()  # judged is what the PNG holds
+    psnr = -10 * (image - decoded).pow(2).mean().log10().item()
     rate = 8 * len(stream) / (height * width)
     print(f"{picture.name}: {width}x{height} pixels, {picture.stat().st_size:,} bytes as a file")
     print(f"bytes  {len(stream):,}  {encoded_to}")
     print(f"bpp    {rate:.4f}")
     print(f"PSNR   {psnr:.2f} dB  {decoded_to}")
     print(f"LPIPS  {lpips(image, decoded)}")
-    side_by_side(picture, decoded_to, f"vtc: {len(stream):,} bytes, {rate:.3f} bpp, {psnr:.1f} dB").save(both_to)
+    side_by_side([(f"original: {picture.stat().st_size:,} bytes", image),
+                  (f"vtc: {len(stream):,} bytes, {rate:.3f} bpp, {psnr:.1f} dB", decoded)]).save(both_to)
     print(f"Side by side: {both_to}")
 
 
@@ -78,22 +76,22 @@ def lpips(image: Tensor, decoded: Tensor) -> str:
         network = LPIPS("alex", weights=beside)
     except ModelError:
         return f"needs AlexNet's ImageNet weights (233 MB); in the environment, run: {DOWNLOAD}"
-    return f"{network(image, decoded).item():.3f} (AlexNet)"
+    return f"{network(image[None], decoded[None]).item():.3f} (AlexNet)"
 
 
-def side_by_side(original: Path, decoded: Path, label: str) -> Image.Image:
-    """Both pictures at their own size, each under a line that says what it is."""
-    from PIL import Image, ImageDraw, ImageFont, ImageOps
+def side_by_side(panels: list[tuple[str, Tensor]]) -> Image.Image:
+    """Pictures (3, H, W) at their own size in a row, each under a line that says what it is."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    with Image.open(original) as left, Image.open(decoded) as right:
-        panels = [(f"original: {original.stat().st_size:,} bytes", ImageOps.exif_transpose(left).convert("RGB")),
-                  (label, right.convert("RGB"))]
+    from vtc.images import to_uint8
+
+    pictures = [(text, Image.fromarray(to_uint8(pixels))) for text, pixels in panels]
     font, gap = ImageFont.load_default(size=16), 8
     strip = 16 + 2 * gap
-    widths = [max(p.width, int(font.getlength(text)) + 2 * gap) for text, p in panels]
-    sheet = Image.new("RGB", (sum(widths) + gap, strip + panels[0][1].height), "white")
+    widths = [max(p.width, int(font.getlength(text)) + 2 * gap) for text, p in pictures]
+    sheet = Image.new("RGB", (sum(widths) + gap, strip + pictures[0][1].height), "white")
     draw, x = ImageDraw.Draw(sheet), 0
-    for (text, panel), width in zip(panels, widths, strict=True):
+    for (text, panel), width in zip(pictures, widths, strict=True):
         draw.text((x + gap, gap), text, fill="black", font=font)
         sheet.paste(panel, (x, strip))
         x += width + gap

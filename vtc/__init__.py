@@ -26,7 +26,10 @@ _MODULE_OF = {
     "BitstreamError": "vtc.errors",
     "ModelError": "vtc.errors",
     "ConfigError": "vtc.errors",
+    "FileError": "vtc.errors",
+    "TrainingError": "vtc.errors",
     # images and models
+    "LoadedImage": "vtc.images",
     "load_image": "vtc.images",
     "save_image": "vtc.images",
     "load_tokenizer": "vtc.models",
@@ -46,9 +49,12 @@ if TYPE_CHECKING:
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
     from vtc.errors import ConfigError as ConfigError
+    from vtc.errors import FileError as FileError
     from vtc.errors import ImageError as ImageError
     from vtc.errors import ModelError as ModelError
+    from vtc.errors import TrainingError as TrainingError
     from vtc.errors import VtcError as VtcError
+    from vtc.images import LoadedImage as LoadedImage
     from vtc.images import load_image as load_image
     from vtc.images import save_image as save_image
     from vtc.models import load_tokenizer as load_tokenizer
