@@ -75,7 +75,8 @@ def main() -> None:
                     inference = median_seconds(forward, repeats)
                 training = median_seconds(lambda f=forward: f().float().mean().backward(), repeats)
                 cells.append(f"{work / inference / 1e9:5.0f} | {3 * work / training / 1e9:5.0f}")
-            print(f"{side:4d}^2 x {width:3d}  {block.__name__:15s}  float32 {cells[0]}  bfloat16 {cells[1]}", flush=True)
+            name = f"{side:3d}^2 x {width:3d}  {block.__name__:14s}"
+            print(f"{name}  float32 {cells[0]}  bfloat16 {cells[1]}", flush=True)
 
 
 if __name__ == "__main__":

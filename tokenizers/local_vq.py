@@ -46,9 +46,9 @@ class Block(nn.Module):
         self.norm = ChannelNorm(width)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.proj = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.proj.bias)
         with torch.no_grad():
             self.proj.weight.mul_(0.1)  # a deep stack starts near the identity
+        _zero_bias(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(F.silu(self.conv(self.norm(x))))
@@ -58,6 +58,11 @@ def uniform_frequencies(codebook_size: int, total: int = 2**20) -> Tensor:
     """(1, K) int32 that adds up to `total`, as equal as whole numbers can be."""
     share, rest = divmod(total, codebook_size)
     return (share + (torch.arange(codebook_size) < rest)).int()[None]
+
+
+def _zero_bias(conv: nn.Conv2d) -> None:
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
 
 
 def blocks(width: int, depth: int) -> nn.Sequential:
@@ -77,7 +82,7 @@ class Up(nn.Module):
         self.conv = nn.Conv2d(width_in, 4 * width_out, 1)
         with torch.no_grad():  # the four pixels of a square start equal
             self.conv.weight.copy_(self.conv.weight[::4].repeat_interleave(4, 0))
-            self.conv.bias.zero_()
+        _zero_bias(self.conv)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(F.pixel_shuffle(self.conv(x), 2), (1, 1, 1, 1), mode="replicate")

@@ -50,7 +50,7 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
             part = grid[:, outer_rows, outer_columns]
             size = (min(outer_rows.stop * f, height) - outer_rows.start * f,
                     min(outer_columns.stop * f, width) - outer_columns.start * f)
-            layout = TokenLayout((tuple(part.shape[1:3]),), tokens.layout.vocab)
+            layout = TokenLayout(((part.shape[1], part.shape[2]),), tokens.layout.vocab)
             pixels = tokenizer.decode(Tokens(part.flatten(1, 2), layout, *size), generator=generator)
             y, x = (slice(s.start * f, s.stop * f) for s in (inner_rows, inner_columns))
             images[..., y, x] = pixels[..., _within(y, _scaled(outer_rows, f)), _within(x, _scaled(outer_columns, f))]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -75,8 +75,8 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
-        save_file(stored_tensors(self), save_directory / WEIGHTS)
-        config = {"class": type(self).__name__, **self._hub_mixin_config}
+        save_file(stored_tensors(cast(nn.Module, self)), save_directory / WEIGHTS)
+        config = {"class": type(self).__name__, **cast(dict[str, Any], self._hub_mixin_config)}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -95,5 +95,5 @@ def fingerprint(model: nn.Module, prefixes: tuple[str, ...]) -> bytes:
     for name, tensor in sorted(stored_tensors(model).items()):
         if name.startswith(prefixes):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()[:8]

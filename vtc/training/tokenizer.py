@@ -10,7 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.training.data import NumberedSampler, RandomCrops
 from vtc.training.perceptual import PerceptualLoss
+
+TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
 @dataclass
@@ -60,7 +62,7 @@ class TokenizerRecipe:
 @torch.no_grad()
 def evaluate(model: LocalVQ, images: list[Tensor], judge: LPIPS) -> dict[str, float]:
     """Mean PSNR (dB), LPIPS, lattice ratio, and codebook perplexity and usage over whole images (3, H, W) in [0, 1]."""
-    psnr, lpips, spectrum = [], [], 0
+    psnr, lpips, spectra = [], [], []
     counts = torch.zeros(model.quantizer.codebook_size)
     for image in images:
         image = image[None]
@@ -68,12 +70,13 @@ def evaluate(model: LocalVQ, images: list[Tensor], judge: LPIPS) -> dict[str, fl
         output = (model.decode(tokens) * 255).round() / 255
         psnr.append(-10 * math.log10((output - image).square().mean().item()))
         lpips.append(judge(output, image).item())
-        spectrum = spectrum + error_spectrum(image, output, model.downsample)
+        spectra.append(error_spectrum(image, output, model.downsample))
         counts += torch.bincount(tokens.indices.flatten(), minlength=len(counts))
     p = counts / counts.sum()
     entropy = -(p * p.clamp(min=1e-12).log2()).sum().item()
     return {"psnr": sum(psnr) / len(psnr), f"lpips_{judge.backbone}": sum(lpips) / len(lpips),
-            "lattice_ratio": lattice_ratio(spectrum, model.downsample), "codebook_entropy_bits": entropy,
+            "lattice_ratio": lattice_ratio(torch.stack(spectra).sum(0), model.downsample),
+            "codebook_entropy_bits": entropy,
             "codebook_perplexity": 2**entropy, "codebook_usage": (counts > 0).float().mean().item()}
 
 
@@ -90,7 +93,7 @@ class TokenizerTrainer:
         self.step = 0
         self.warm_latents: list[Tensor] = []
         self.loss = PerceptualLoss(perceptual).to(accelerator.device)
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
                   {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99))
@@ -98,7 +101,7 @@ class TokenizerTrainer:
         self.average = AveragedModel(self._bare_model(), multi_avg_fn=self._average_in)
         accelerator.register_for_checkpointing(self)
 
-    def _average_in(self, averages: list[Tensor], current: list[Tensor], updates: Tensor) -> None:
+    def _average_in(self, averages: TensorList, current: TensorList, updates: Tensor | int) -> None:
         # The decay grows with the run, so the first, useless weights are soon forgotten.
         decay = min(self.recipe.ema_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averages, current, 1 - decay)
@@ -162,7 +165,7 @@ class TokenizerTrainer:
             if self.step % checkpointing_steps == 0 or last:
                 accelerator.save_state(str(self.output_dir / "checkpoint"))
         bar.close()
-        return self.average.module
+        return cast(LocalVQ, self.average.module)
 
     def _loader(self) -> DataLoader[Tensor]:
         recipe = self.recipe
@@ -188,7 +191,7 @@ class TokenizerTrainer:
     def _validate(self, seconds: float) -> None:
         if self.judge is None or not self.accelerator.is_main_process:
             return
-        model = self.average.module.eval()
+        model = cast(LocalVQ, self.average.module).eval()
         result = {"step": self.step, "seconds": round(seconds), **evaluate(model, self.validation, self.judge)}
         tqdm.write(json.dumps(result))
         with (self.output_dir / "validation.jsonl").open("a") as log:
