@@ -75,8 +75,8 @@ class Container:
     def __post_init__(self) -> None:
         check_limits(self.height, self.width, self.scales, self.groups)
         if len(self.fingerprint) != FINGERPRINT_BYTES or not 0 <= self.model_id <= MAX_VARINT:
-            raise BitstreamError(f"A stream needs a model id of 32 bits and a fingerprint of {FINGERPRINT_BYTES} bytes; "
-                                 f"these are {self.model_id} and {len(self.fingerprint)} bytes.")
+            raise BitstreamError(f"A stream holds a model id of 32 bits and {FINGERPRINT_BYTES} bytes of fingerprint, "
+                                 f"not {self.model_id} and {len(self.fingerprint)} bytes.")
 
     def to_bytes(self) -> bytes:
         """The stream; `parse` is the inverse."""
@@ -198,9 +198,10 @@ def _write_layout(height: int, width: int, scales: tuple[tuple[int, int], ...], 
     if len(scales) > 1:
         return LayoutKind.SCALES, (groups, len(scales), *(n for scale in scales for n in scale))
     ((rows, columns),) = scales
-    stride = max(-(-height // rows), -(-width // columns))  # the smallest that could give this grid
-    if (-(-height // stride), -(-width // stride)) == (rows, columns):
-        return (LayoutKind.STRIDE, (stride,)) if groups == 1 else (LayoutKind.STRIDE_GROUPS, (stride, groups))
+    smallest = max(-(-height // rows), -(-width // columns))  # no smaller stride could give this grid
+    for stride in (1 << (smallest - 1).bit_length(), smallest):  # a power of two reads better
+        if (-(-height // stride), -(-width // stride)) == (rows, columns):
+            return (LayoutKind.STRIDE, (stride,)) if groups == 1 else (LayoutKind.STRIDE_GROUPS, (stride, groups))
     if rows == 1:
         return LayoutKind.SEQUENCE, (groups, columns)
     return LayoutKind.GRID, (groups, rows, columns)

@@ -1,0 +1,190 @@
+"""TokenCodec with every kind of token layout: round trips, golden streams, wrong models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tiny_tokenizers import TINY_TOKENIZERS, TinyGrid, TinyGroups, TinyScales
+from vtc.codecs import container
+from vtc.codecs.container import Coder
+from vtc.codecs.token_codec import TokenCodec
+from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError, VtcError
+from vtc.tokenizers.base import TokenLayout, Tokens
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "streams_v1.json").read_text())
+CODECS = {name: TokenCodec(make()) for name, make in TINY_TOKENIZERS.items()}
+SIZES = [(1, 1), (1, 1000), (1000, 1), (7, 5), (16, 16), (33, 50), (64, 64)]
+
+
+def picture(height: int, width: int, count: int = 1, seed: int = 0) -> torch.Tensor:
+    """Smooth colours with some noise, (count, 3, H, W)."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.rand(count, 3, 2, 2, generator=generator)
+    smooth = torch.nn.functional.interpolate(base, (height, width), mode="bilinear")
+    return (smooth + 0.1 * torch.rand(smooth.shape, generator=generator)).clamp(0, 1)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("size", SIZES)
+def test_round_trip(name, size):
+    codec = CODECS[name]
+    images = picture(size[0], size[1], count=2)
+    tokens = codec.tokenizer.encode(images)
+    streams = codec.compress(images)
+    decoded = codec.decompress(streams)
+    assert len(streams) == len(decoded) == 2
+    expected = codec.tokenizer.decode(tokens)
+    for i, stream in enumerate(streams):
+        back = codec.decompress_tokens(stream)
+        assert (back.layout, back.height, back.width) == (tokens.layout, *size)
+        assert torch.equal(back.indices, tokens[i].indices)
+        assert decoded[i].shape == (3, *size)
+        assert torch.equal(decoded[i], expected[i])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(CODECS)), st.integers(1, 80), st.integers(1, 80), st.integers(0, 2**32))
+def test_any_tokens_round_trip(name, height, width, seed):
+    codec = CODECS[name]
+    layout = codec.tokenizer.layout(height, width)
+    random = torch.randint(2**31, (1, layout.length, layout.groups), generator=torch.Generator().manual_seed(seed))
+    tokens = Tokens(random % torch.tensor(layout.vocab), layout, height, width)
+    (stream,) = codec.compress_tokens(tokens)
+    back = codec.decompress_tokens(stream)
+    assert torch.equal(back.indices, tokens.indices)
+    assert codec.compress_tokens(back) == [stream]
+
+
+@pytest.mark.parametrize("row", GOLDEN, ids=lambda r: f"{r['tokenizer']}-{r['height']}x{r['width']}-{r['coder']}")
+def test_golden_streams(row):
+    codec = CODECS[row["tokenizer"]]
+    stream = bytes.fromhex(row["stream"])
+    tokens = codec.decompress_tokens(stream)
+    assert (tokens.height, tokens.width) == (row["height"], row["width"])
+    assert tokens.indices.flatten().tolist() == row["indices"]
+    assert container.parse(stream).coder.name == row["coder"]
+    assert codec.compress_tokens(tokens) == [stream]
+
+
+def test_golden_streams_cover_every_layout_kind_of_theirs_and_both_coders():
+    assert {(r["tokenizer"], r["coder"]) for r in GOLDEN} == {
+        *((name, "PACKED") for name in TINY_TOKENIZERS),
+        *((name, "STATIC_ANS") for name in ("grid", "groups", "scales"))}
+
+
+def test_the_same_bytes_as_literals():
+    layout = TokenLayout(((2, 3),), (64,))
+    uneven = Tokens(torch.tensor([0, 10, 34, 8, 60, 62]).view(1, 6, 1), layout, 24, 40)
+    likely = Tokens(torch.tensor([1, 0, 0, 0, 0, 1]).view(1, 6, 1), layout, 24, 40)
+    assert CODECS["grid"].compress_tokens(uneven)[0].hex() == "f5560100006181ef50ebec2a7b28181005000a888f3ed3530820"
+    assert CODECS["grid"].compress_tokens(likely)[0].hex() == "f5560108006181ef50ebec2a7b281810047a916dee5fd6f5ae"
+
+
+def test_the_example_in_the_document():
+    text = (ROOT / "docs" / "bitstream.md").read_text()
+    block = re.search(r"```hex\n(.*?)```", text, re.DOTALL)
+    assert block
+    stream = bytes.fromhex("".join(line.split("|")[0] for line in block[1].splitlines()))
+    tokens = CODECS["grid"].decompress_tokens(stream)
+    assert (tokens.width, tokens.height, tokens.layout.scales) == (40, 24, ((2, 3),))
+    assert tokens.indices.flatten().tolist() == [0, 10, 34, 8, 60, 62]
+    assert CODECS["grid"].compress_tokens(tokens) == [stream]
+
+
+def test_overhead_is_at_most_24_bytes_for_a_kodak_image_of_any_shipped_model():
+    (stream,) = CODECS["grid"].compress(picture(512, 768))
+    assert len(stream) - len(container.parse(stream).payload) <= 24
+
+
+def test_a_smooth_picture_uses_the_tables():
+    (stream,) = CODECS["grid"].compress(torch.zeros(1, 3, 512, 768))
+    parsed = container.parse(stream)
+    assert parsed.coder == Coder.STATIC_ANS and len(parsed.payload) < 1536 * 6 / 8 / 2
+
+
+# ---- wrong models ---------------------------------------------------------------------------------------------------
+
+def test_other_weights_are_refused_and_both_fingerprints_named():
+    (stream,) = CODECS["grid"].compress(picture(32, 32))
+    other = TinyGrid()
+    other.get_buffer("codebook")[0, 0] += 0.5
+    codec = TokenCodec(other)
+    with pytest.raises(ModelError) as caught:
+        codec.decompress([stream])
+    assert CODECS["grid"].fingerprint.hex() in str(caught.value) and codec.fingerprint.hex() in str(caught.value)
+
+
+def test_other_tables_are_other_weights():
+    (stream,) = CODECS["grid"].compress(picture(32, 32))
+    other = TinyGrid()
+    other.token_frequencies = other.get_buffer("token_frequencies").roll(1)
+    with pytest.raises(ModelError, match="fingerprint"):
+        TokenCodec(other).decompress([stream])
+
+
+def test_another_model_id_is_refused():
+    (stream,) = CODECS["groups"].compress(picture(32, 32))
+    with pytest.raises(ModelError, match=r"made with model 77 .* this is model 0"):
+        CODECS["grid"].decompress([stream])
+
+
+def test_a_stream_of_no_known_model_needs_only_the_fingerprint():
+    """A folder's model has id 0; the same weights under an id decode its streams."""
+    (stream,) = CODECS["grid"].compress(picture(32, 32))
+    shipped = TinyGrid()
+    shipped.model_id = 5
+    assert torch.equal(TokenCodec(shipped).decompress([stream])[0], CODECS["grid"].decompress([stream])[0])
+
+
+def test_another_layout_is_refused():
+    (stream,) = CODECS["grid"].compress(picture(32, 32))
+    parsed = container.parse(stream)
+    fields = {k: v for k, v in vars(parsed).items() if k != "scales"}
+    with pytest.raises(ModelError, match="token layout"):
+        CODECS["grid"].decompress([container.Container(scales=((4, 4),), **fields).to_bytes()])
+    with pytest.raises(ConfigError, match="laid out"):
+        CODECS["grid"].compress_tokens(CODECS["groups"].tokenizer.encode(picture(32, 32)))
+
+
+def test_tables_that_are_no_tables():
+    tokenizer = TinyGrid()
+    tokenizer.token_frequencies = torch.ones(1, 63, dtype=torch.int32)
+    with pytest.raises(ModelError, match="power of two"):
+        TokenCodec(tokenizer)
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("images", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 0, 8),
+                                    torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
+def test_wrong_images_are_refused(images):
+    with pytest.raises(ImageError):
+        CODECS["grid"].compress(images)
+
+
+def test_a_lower_limit_on_pixels_holds_both_ways():
+    (stream,) = CODECS["grid"].compress(picture(32, 32))
+    codec = TokenCodec(TinyGrid(), max_pixels=1000)
+    with pytest.raises(ImageError, match="limit of 1000"):
+        codec.compress(picture(32, 32))
+    with pytest.raises(BitstreamError, match="limit of 1000"):
+        codec.decompress([stream])
+
+
+@pytest.mark.parametrize("make", [TinyGrid, TinyGroups, TinyScales])
+def test_flipped_bits_and_cuts_give_typed_errors(make):
+    codec = TokenCodec(make())
+    (stream,) = codec.compress(picture(20, 20))
+    for at in range(len(stream)):
+        with pytest.raises(VtcError):
+            codec.decompress([stream[:at]])
+        with pytest.raises(VtcError):
+            codec.decompress([stream[:at] + bytes([stream[at] ^ 16]) + stream[at + 1 :]])
