@@ -1,0 +1,94 @@
+"""BSQ against upstream's fixture and the plain softmax form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.quantizer_checks import assert_codes, assert_grad, assert_loss, fixture
+from tests.shared import needs_shared
+from vtc.errors import ConfigError
+from vtc.tokenizers.binary_spherical import BinarySphericalQuantizer
+from vtc.tokenizers.bits import mean_code_probabilities
+
+
+@needs_shared("fixtures")
+def test_bsq_with_groups_of_nine():
+    tensors, config = fixture("bsq_18_g9_group")
+    settings = dict(commitment=config["beta"], entropy=config["zeta"], normalize=False)  # the fixture's z is unit-norm
+    quantizer = BinarySphericalQuantizer(config["embed_dim"], config["group_size"], **settings)
+    z = tensors["input_unit_norm"].requires_grad_()
+    out = quantizer(z)
+    assert torch.equal(out.indices, tensors["group_indices"])
+    assert_codes(out.z_q, tensors["quantized"])
+    assert_loss(out.loss, tensors["loss"])
+    assert_grad(torch.autograd.grad(out.loss, z)[0], tensors["grad_input"])
+    terms = quantizer.loss_terms(z)
+    assert_loss(terms["per_sample_entropy"], tensors["per_sample_entropy"])
+    assert_loss(terms["codebook_entropy"], tensors["codebook_entropy"])
+    whole = BinarySphericalQuantizer(18, 9, token_bits=(18,), **settings)
+    assert torch.equal(whole(z).indices[..., 0], tensors["indices"])
+
+    histogram = mean_code_probabilities(quantizer.entropy_logits(z))  # first bit least significant
+    reversed_bits = histogram.view(2, *[2] * 9).permute(0, *range(9, 0, -1)).reshape(2, 512)
+    torch.testing.assert_close(reversed_bits, tensors["avg_prob"], rtol=1e-5, atol=1e-8)
+
+
+def test_entropies_are_those_of_a_softmax_over_the_corners():
+    torch.manual_seed(0)
+    z = F.normalize(torch.randn(3, 8, 5, dtype=torch.float64), dim=1)
+    quantizer = BinarySphericalQuantizer(8, 4, temperature=0.05)
+    corners = 2.0 * ((torch.arange(16)[:, None] >> torch.arange(4)) & 1) - 1
+    scores = 2 / 0.05 * torch.einsum("bgcn,kc->gbnk", z.view(3, 2, 4, 5), corners.double() / 8**0.5)
+    p = scores.softmax(-1)
+    mean = p.mean((1, 2))
+    terms = quantizer.loss_terms(z)
+    torch.testing.assert_close(terms["per_sample_entropy"], -(p * p.log()).sum((0, 3)).mean())
+    torch.testing.assert_close(terms["codebook_entropy"], -(mean * mean.log()).sum())
+
+
+def test_infinity_counts_each_bit_by_itself():
+    torch.manual_seed(0)
+    z = torch.randn(2, 32, 4, 4)
+    quantizer = BinarySphericalQuantizer(32, group_bits=1, temperature=0.01)
+    assert quantizer.vocab == (2**32,)
+    p = torch.sigmoid(400 * F.normalize(z.double(), dim=1) / 32**0.5).mean((0, 2, 3))
+    expected = -(p * p.log() + (1 - p) * (1 - p).log()).sum()
+    torch.testing.assert_close(quantizer.loss_terms(z)["codebook_entropy"].double(), expected, rtol=1e-5, atol=0)
+
+
+@given(st.sampled_from([(18, 9), (8, 1), (36, 6)]), st.sampled_from(["lsb_first", "msb_first"]), st.integers(0, 999))
+@settings(max_examples=25, deadline=None)
+def test_codes_and_indices_round_trip(shape, order, seed):
+    dim, group_bits = shape
+    quantizer = BinarySphericalQuantizer(dim, group_bits, bit_order=order).eval()
+    z = torch.randn(2, dim, 3, 2, generator=torch.Generator().manual_seed(seed))
+    out = quantizer(z)
+    assert torch.equal(quantizer.indices_to_codes(out.indices), out.z_q)
+    assert torch.equal(out.z_q > 0, z > 0)
+    torch.testing.assert_close(out.z_q.norm(dim=1), torch.ones(2, 3, 2))
+    assert torch.equal(quantizer(out.z_q).indices, out.indices)
+
+
+def test_gradient_goes_through_the_projection():
+    z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 6, 3, dtype=torch.float64)
+    quantizer = BinarySphericalQuantizer(6, 3)
+    ours = torch.autograd.grad(quantizer(z).z_q, z, cotangent)[0]
+    assert torch.equal(ours, torch.autograd.grad(F.normalize(z, dim=1), z, cotangent)[0])
+
+
+def test_loss_passes_finite_differences():
+    torch.manual_seed(0)
+    z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: BinarySphericalQuantizer(6, 3)(x).loss, z)
+
+
+def test_wrong_settings_are_refused():
+    for wrong in (dict(dim=18, group_bits=4), dict(dim=8, group_bits=8, token_bits=(3, 3)),
+                  dict(dim=8, group_bits=8, temperature=0), dict(dim=8, group_bits=8, bit_order="little")):
+        with pytest.raises(ConfigError):
+            BinarySphericalQuantizer(**wrong)
+    with pytest.raises(ConfigError, match="latents"):
+        BinarySphericalQuantizer(9)(torch.zeros(1, 8))
