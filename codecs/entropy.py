@@ -115,16 +115,20 @@ def decode(coder: Coder, payload: bytes, layout: TokenLayout, tables: StaticTabl
 
 def _blocks(layout: TokenLayout) -> Iterator[tuple[int, int, int]]:
     """(first index, number of indices, bytes) of each block of a packed payload."""
-    count = layout.length * layout.groups
-    full = _block_bytes(layout, 0, BLOCK)
+    count, groups = layout.length * layout.groups, layout.groups
+    # Bytes of a full block by the group that it begins with: a large layout is sized without multiplying all of it.
+    full: dict[int, int] = {}
     for start in range(0, count, BLOCK):
-        size = min(BLOCK, count - start)
-        # Groups of unlike vocabularies shift within a block where their number does not divide it.
-        regular = size == BLOCK and (BLOCK % layout.groups == 0 or len(set(layout.vocab)) == 1)
-        yield start, size, full if regular else _block_bytes(layout, start, size)
+        if count - start < BLOCK:
+            yield start, count - start, _block_bytes(layout, start, count - start)
+        else:
+            if start % groups not in full:
+                full[start % groups] = _block_bytes(layout, start, BLOCK)
+            yield start, BLOCK, full[start % groups]
 
 
 def _vocabularies(layout: TokenLayout, start: int, size: int) -> list[int]:
+    """Of the indices start ... start + size - 1 in layout order."""
     return [layout.vocab[i % layout.groups] for i in range(start, start + size)]
 
 

@@ -94,8 +94,9 @@ class TokenCodec:
         return Tokens(torch.from_numpy(indices)[None].to(_device(self.tokenizer)), layout, parsed.height, parsed.width)
 
     def _check_model(self, parsed: Container) -> None:
+        """The fingerprint decides; ids, where both have one, say it in fewer words. A copy in a folder has id 0."""
         ours = self.tokenizer.model_id
-        if parsed.model_id not in (0, ours):
+        if 0 not in (parsed.model_id, ours) and parsed.model_id != ours:
             raise ModelError(f"The stream was made with model {parsed.model_id} (fingerprint "
                              f"{parsed.fingerprint.hex()}), and this is model {ours} ({self.fingerprint.hex()}).")
         if parsed.fingerprint != self.fingerprint:

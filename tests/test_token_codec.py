@@ -132,16 +132,23 @@ def test_other_tables_are_other_weights():
 
 def test_another_model_id_is_refused():
     (stream,) = CODECS["groups"].compress(picture(32, 32))
-    with pytest.raises(ModelError, match=r"made with model 77 .* this is model 0"):
+    other = TinyGroups()
+    other.model_id = 78
+    with pytest.raises(ModelError, match=r"made with model 77 .* this is model 78"):
+        TokenCodec(other).decompress([stream])
+    with pytest.raises(ModelError, match=r"other weights of model 77: .* fingerprint"):
         CODECS["grid"].decompress([stream])
 
 
-def test_a_stream_of_no_known_model_needs_only_the_fingerprint():
-    """A folder's model has id 0; the same weights under an id decode its streams."""
-    (stream,) = CODECS["grid"].compress(picture(32, 32))
-    shipped = TinyGrid()
-    shipped.model_id = 5
-    assert torch.equal(TokenCodec(shipped).decompress([stream])[0], CODECS["grid"].decompress([stream])[0])
+@pytest.mark.parametrize(("written", "read"), [(0, 5), (5, 0), (5, 5)])
+def test_a_model_without_an_id_is_known_by_its_fingerprint(written, read):
+    """A copy in a folder has id 0; it decodes the shipped model's streams, and the other way round."""
+    writer, reader = TinyGrid(), TinyGrid()
+    writer.model_id, reader.model_id = written, read
+    (stream,) = TokenCodec(writer).compress(picture(32, 32))
+    assert container.parse(stream).model_id == written
+    assert torch.equal(TokenCodec(reader).decompress([stream])[0], CODECS["grid"].decompress(
+        CODECS["grid"].compress(picture(32, 32)))[0])
 
 
 def test_another_layout_is_refused():
