@@ -32,3 +32,9 @@ class Fixture:
         """Tensors whose names begin with `prefix`, without it; half precision as float32."""
         return {name.removeprefix(prefix): tensor.float() if tensor.dtype == torch.float16 else tensor
                 for name, tensor in self.tensors.items() if name.startswith(prefix)}
+
+
+def diffusers_case(name: str) -> dict[str, Any]:
+    """What scvae/diffusers_vae.json says of one of its models: class, config, ..."""
+    cases: dict[str, Any] = json.loads((SHARED / "fixtures" / "scvae" / "diffusers_vae.json").read_text())["cases"]
+    return cases[name]
