@@ -14,7 +14,6 @@ from tests.shared import ROOT, SHARED, needs_shared
 from vtc.images import load_image, save_image
 from vtc.tokenizers.local_vq import LocalVQ
 
-
 _spec = importlib.util.spec_from_file_location("evaluate_codec", ROOT / "scripts" / "evaluate_codec.py")
 assert _spec is not None and _spec.loader is not None
 evaluate_codec = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
