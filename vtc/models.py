@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
 #: 0 is every model that vtc does not ship.
-MODEL_IDS = {"localvq-f16-2048": 1}
-DEFAULT_MODEL = "localvq-f16-2048"
+MODEL_IDS = {"localvq-f16-3072": 1}
+DEFAULT_MODEL = "localvq-f16-3072"
 
 #: the "class" of a model's config.json -> the module that defines it
 TOKENIZER_CLASSES = {"LocalVQ": "vtc.tokenizers.local_vq"}
