@@ -10,8 +10,8 @@ Zhang et al., "Diffusion-4K" (2503.18352) and "Ultra-High-Resolution Image Synth
 
 The last two steps are done at once, on the small map. After doubling, a 3x3 convolution sees each source pixel once or
 twice along an axis, so its three taps a, b, c collapse to two, {a, b + c} for one output pixel of a pair and {a + b, c}
-for the other: a 2x2 convolution with four outputs a colour, then a pixel shuffle. The doubled map of 128 channels, which
-is 4.3 GB in bfloat16 for an image of 4096 x 4096, never exists.
+for the other: a 2x2 convolution with four outputs a colour, then a pixel shuffle. The doubled map of 128 channels,
+which is 4.3 GB in bfloat16 for an image of 4096 x 4096, never exists.
 
 The published code cuts the map in four and stitches the results one pixel off: its output is the true one moved one
 pixel down and to the right. Weights trained with it have absorbed that (`alignment="upstream"`); plain weights used at
