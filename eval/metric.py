@@ -42,6 +42,15 @@ def check_images(images: Tensor, data_range: float = 1.0) -> None:
         raise ImageError(f"Pixel values run from {low:g} to {high:g}, but data_range={data_range:g} was given.")
 
 
+class FeatureMetric(Metric):
+    """A metric that may also be fed with features that were computed elsewhere, past `update`."""
+
+    def _fed(self) -> None:
+        """What torchmetrics does around `update`: forget the cached result, count the call."""
+        self._computed = None
+        self._update_count = max(1, self._update_count)
+
+
 class MeanOverImages(Metric):
     """A metric that is a number an image, averaged: a subclass only says `per_image`.
 
