@@ -63,7 +63,7 @@ def fit(args: argparse.Namespace) -> None:
     tokens = encoded(tokenizer, args.images)
     counts = count(tokens, args.tables or kind_of(tokens))
     tables = StaticTables(np.stack([row_of(c, max(map(len, counts))) for c in counts]))
-    facts = {"images": len(tokens), "tables": len(counts), **described(counts), **measured(tokens, tables, "fitted")}
+    facts: dict[str, float | str] = {"images": len(tokens), "tables": len(counts), **described(counts), **measured(tokens, tables, "fitted")}
     if args.validate:
         facts |= measured(encoded(tokenizer, args.validate), tables, "validation")
     write(args.model, args.output or Path(args.model), tables)
@@ -90,7 +90,7 @@ def count(tokens: list[Tokens], kind: str) -> list[NDArray[np.int64]]:
     """Counts of the words of each table, in the order of the tables. Raises ConfigError where layouts do not match."""
     first = tokens[0].layout
     if any(t.layout.vocab != first.vocab or len(t.layout.scales) != len(first.scales) for t in tokens):
-        raise ConfigError("The images have token layouts with unlike scales, so their tables cannot be counted together.")
+        raise ConfigError("The images have token layouts with unlike scales, so no tables can serve them all.")
     if kind == "one" and len(set(first.vocab)) > 1:
         raise ConfigError("The groups have unlike vocabularies, so one table cannot serve all: use --tables group.")
     # (scale, group) -> counts

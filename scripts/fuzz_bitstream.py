@@ -219,7 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
     for i in range(args.iterations):
         name, stream = rng.choice(streams)
         mutated = mutate(stream, rng)
-        faulthandler.dump_traceback_later(60 * args.seconds, exit=True)  # a hang ends the run with status 1
+        # A hang, even inside Rust, ends the run with status 1 and a traceback.
+        faulthandler.dump_traceback_later(60 * args.seconds, exit=True, file=sys.__stderr__)
         before = time.process_time()
         try:
             outcome = case(mutated, wide[name], low[name])

@@ -1,0 +1,117 @@
+"""The scripts around the bitstream: fitting tables to images, and a short attack."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from importlib import import_module
+
+import numpy as np
+import pytest
+import torch
+
+from vtc.codecs import container
+from vtc.codecs.container import Coder
+from vtc.codecs.entropy import StaticTables
+from vtc.codecs.token_codec import TokenCodec
+from vtc.images import load_image, save_image, to_tensor
+from vtc.models import load_tokenizer
+from vtc.tokenizers.local_vq import LocalVQ
+
+fit_tables = import_module("scripts.fit_tables")
+fuzz_bitstream = import_module("scripts.fuzz_bitstream")
+
+
+@pytest.fixture
+def model_and_images(tmp_path):
+    """A tiny random model, and four pictures with large flat parts."""
+    torch.manual_seed(0)
+    widths = {"encoder_widths": (8, 8, 8), "decoder_widths": (8, 8, 8, 8)}
+    LocalVQ(codebook_size=64, dim=4, **widths).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    for n in range(4):
+        picture = torch.full((3, 128, 160), n / 4)
+        picture[:, :32] = torch.rand(3, 32, 160)
+        save_image(picture, tmp_path / "images" / f"{n}.png")
+    return tmp_path / "model", tmp_path / "images"
+
+
+def test_tables_are_counted_written_and_used(model_and_images, tmp_path, capsys):
+    folder, images = model_and_images
+    before = load_tokenizer(folder)
+    assert fit_tables.main(["--model", str(folder), "--images", str(images), "--validate", str(images),
+                            "--output", str(tmp_path / "fitted"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    after = load_tokenizer(tmp_path / "fitted")
+
+    pictures = [to_tensor(load_image(p).pixels)[None] for p in sorted(images.iterdir())]
+    counted = Counter(int(i) for x in pictures for i in before.encode(x).indices.flatten())
+    tokens = counted.total()
+    table = after.get_buffer("token_frequencies")[0].tolist()
+    assert sum(table) == 2**20 and len(table) == 64
+    for word, frequency in enumerate(table):  # proportional to count + 1/2, to the units that rounding down leaves
+        assert 0 <= frequency - int(2**20 * (counted[word] + 0.5) / (tokens + 32)) <= 64
+
+    expected = -sum(c * math.log2(c / tokens) for c in counted.values()) / tokens
+    assert facts["tokens"] == tokens == 4 * 80
+    assert facts["entropy_bits"] == pytest.approx(expected, abs=1e-9)
+    assert facts["perplexity"] == pytest.approx(2**expected, abs=1e-6)
+    assert facts["usage"] == len(counted) / 64
+    assert expected < facts["fitted_bits_per_index"] < facts["fitted_packed_bits_per_index"] == 6
+    assert facts["validation_bits_per_index"] == facts["fitted_bits_per_index"]
+    assert facts["fingerprint"] == after.fingerprint().hex() != before.fingerprint().hex()
+
+    for old, new in zip(TokenCodec(before).compress(pictures[0]), TokenCodec(after).compress(pictures[0]), strict=True):
+        assert container.parse(new).coder == Coder.STATIC_ANS and len(new) < len(old)
+
+
+def test_tables_in_place_keep_everything_else(model_and_images):
+    folder, images = model_and_images
+    before = load_tokenizer(folder).state_dict()
+    assert fit_tables.main(["--model", str(folder), "--images", str(images)]) == 0
+    after = load_tokenizer(folder).state_dict()
+    assert {k for k in before if not torch.equal(before[k], after[k])} == {"token_frequencies"}
+
+
+def test_a_model_that_cannot_hold_such_tables_is_left_alone(model_and_images, tmp_path, capsys):
+    folder, _ = model_and_images
+    with pytest.raises(fit_tables.VtcError):
+        fit_tables.write(str(folder), tmp_path / "out", StaticTables(np.full((2, 64), 2)))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    assert fit_tables.main(["--model", str(folder), "--images", str(tmp_path / "empty")]) == 1
+    assert "There are no pictures" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "kind", "shape"), [("groups", "group", 3), ("scales", "scale", 10),
+                                                     ("scales", "one", 1), ("grid", "one", 1), ("groups", "scale", 3)])
+def test_counts_of_every_layout(name, kind, shape):
+    tokenizer = fuzz_bitstream.TINY_TOKENIZERS[name]()
+    tokens = [tokenizer.encode(torch.rand(1, 3, 50, 70, generator=torch.Generator().manual_seed(n))) for n in range(2)]
+    counts = fit_tables.count(tokens, kind)
+    assert len(counts) == shape
+    assert sum(c.sum() for c in counts) == sum(t.indices.numel() for t in tokens)
+    tables = StaticTables(np.stack([fit_tables.row_of(c, max(map(len, counts))) for c in counts]))
+    for number, (where, group, _) in enumerate(tables.runs(tokens[0].layout)):
+        found = Counter(int(i) for t in tokens for i in t.indices[0, where, group].flatten())
+        assert {w: int(c) for w, c in enumerate(counts[number]) if c} == found
+
+
+def test_a_short_attack(capsys):
+    assert fuzz_bitstream.main(["--iterations", "300", "--seed", "7"]) == 0
+    assert "0 violations" in capsys.readouterr().out
+
+
+def test_the_attack_notices_a_defect(capsys, monkeypatch):
+    """Anything but the typed errors is reported, and the run fails."""
+    sound = TokenCodec.decompress_tokens
+
+    def defective(codec, stream):
+        if len(stream) == 31:  # as long as no valid stream of the corpus is
+            raise KeyError("defect")
+        return sound(codec, stream)
+
+    monkeypatch.setattr(TokenCodec, "decompress_tokens", defective)
+    assert fuzz_bitstream.main(["--iterations", "300"]) == 1
+    assert "VIOLATION KeyError: 'defect'" in capsys.readouterr().err
