@@ -86,7 +86,7 @@ def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXE
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{name} is not a picture that can be read.") from error
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{name} has too many pixels: more than {max_pixels}.") from error
+        raise ImageError(f"{name} has too many pixels; the limit is {max_pixels} in all.") from error
     except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
         raise ImageError(f"{name} is damaged or cut: {_one_line(error)}.") from error
     return LoadedImage(pixels, tuple(notes))

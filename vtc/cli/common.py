@@ -125,11 +125,14 @@ def _first_sentence(error: BaseException) -> str:
 
 
 def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
-    """Run a command's body and turn whatever it raises into a sentence and an exit code."""
+    """Run a command's body and turn whatever it raises into a sentence and an exit code.
+
+    SIGTERM (`timeout`, `kill`) is treated like Ctrl-C, so that it too leaves no temporary file.
+    """
     # Notes of torch's C++ side about the processor are not for the user's eyes.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a temporary file is removed
+    on_main = threading.current_thread() is threading.main_thread()
+    old_handler = signal.signal(signal.SIGTERM, signal.default_int_handler) if on_main else None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -145,6 +148,9 @@ def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
     except Exception as error:
         say(sentence(error, parser.prog))
         return FAILED
+    finally:
+        if on_main:
+            signal.signal(signal.SIGTERM, old_handler)
 
 
 @dataclass(frozen=True)
