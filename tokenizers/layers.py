@@ -270,3 +270,82 @@ class GridTokenizer(Tokenizer):
     def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
         images = self.reconstruct(self.codes(tokens))
         return images[..., : tokens.height, : tokens.width].clamp(0, 1)
+
+
+class MultiScaleTokenizer(Tokenizer):
+    """A tokenizer whose image is a pyramid of token grids, coarse to fine; all grids are codes of one latent map.
+
+    A network states `downsample`, `vocab`, `sides` and `quantizer` (a `MultiScaleQuantizer`), and implements
+    `encode_latents` and `decode_latents` as a `GridTokenizer` does.
+    """
+
+    #: a `MultiScaleQuantizer`
+    quantizer: Any
+    #: words of each group's codebook
+    vocab: tuple[int, ...]
+    #: whether the quantizer's indices have a last dimension of groups
+    grouped_indices: bool = False
+    #: sides of the square grids that the weights were trained with; the last is the latent map's
+    sides: tuple[int, ...]
+
+    def encode_latents(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1], sides multiples of `downsample`, to unquantized (B, d, H/f, W/f)."""
+        raise NotImplementedError
+
+    def decode_latents(self, z_q: Tensor) -> Tensor:
+        """(B, d, h, w) codes to (B, 3, f h, f w), about [-1, 1]."""
+        raise NotImplementedError
+
+    def scales(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
+        """The grids of a height x width image: `sides`, stretched along each axis to the latent map and rounded.
+
+        For the size that the weights were trained with these are the trained grids. There are always as many.
+        """
+        last = self.sides[-1]
+        rows, columns = -(-height // self.downsample), -(-width // self.downsample)
+        return tuple((max(1, (2 * s * rows + last) // (2 * last)), max(1, (2 * s * columns + last) // (2 * last)))
+                     for s in self.sides)
+
+    def layout(self, height: int, width: int) -> TokenLayout:
+        return TokenLayout(self.scales(height, width), self.vocab)
+
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in [0, 1] to unquantized (B, d, ceil(H/f), ceil(W/f)); edges are replicated."""
+        return self.encode_latents(pad_to_multiple(images, self.downsample) * 2 - 1)
+
+    def reconstruct(self, z_q: Tensor) -> Tensor:
+        """(B, d, h, w) codes to (B, 3, f h, f w) images, not clamped."""
+        return self.decode_latents(z_q) * 0.5 + 0.5
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images to (reconstruction of the same size, quantized): the training path, not clamped."""
+        height, width = images.shape[-2:]
+        quantized = self.quantizer(self.latents(images), self.scales(height, width))
+        return self.reconstruct(quantized.z_q)[..., :height, :width], quantized
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, scales: Sequence[tuple[int, int]] | None = None) -> Tokens:
+        """Images to tokens; `scales` replaces the grids of `scales(height, width)`, the last staying the map's size."""
+        height, width = images.shape[-2:]
+        steps = self.scales(height, width) if scales is None else tuple(scales)
+        indices = self.quantizer(self.latents(images), steps).indices
+        return Tokens(indices if self.grouped_indices else indices[..., None], TokenLayout(steps, self.vocab), height,
+                      width)
+
+    def codes(self, tokens: Tokens) -> Tensor:
+        """The (B, d, h, w) sum of codes that the tokens name."""
+        indices = tokens.indices if self.grouped_indices else tokens.indices[..., 0]
+        return self.quantizer.indices_to_codes(indices, tokens.layout.scales)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
+        return self._crop(self.codes(tokens), tokens)
+
+    @torch.no_grad()
+    def decode_progressively(self, tokens: Tokens) -> list[Tensor]:
+        """The image after each scale, coarse to fine; the last one is what `decode` gives."""
+        indices = tokens.indices if self.grouped_indices else tokens.indices[..., 0]
+        return [self._crop(total, tokens) for total in self.quantizer.partial_sums(indices, tokens.layout.scales)]
+
+    def _crop(self, z_q: Tensor, tokens: Tokens) -> Tensor:
+        return self.reconstruct(z_q)[..., : tokens.height, : tokens.width].clamp(0, 1)

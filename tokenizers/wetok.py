@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, Self
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import Tokens
 from vtc.tokenizers.layers import GridTokenizer, ResBlock, group_norm, swish
 from vtc.tokenizers.lookup_free import GroupLFQ
+
+Generative = TypeVar("Generative", bound="WeTok")
 
 
 def res_blocks(width_in: int, width_out: int, depth: int) -> nn.ModuleList:
@@ -212,16 +214,18 @@ class WeTok(GridTokenizer, PretrainedMixin):
         images = self.reconstruct(self.codes(tokens), generator, noise)
         return images[..., : tokens.height, : tokens.width].clamp(0, 1)
 
-    def to_generative(self) -> Self:
+    def to_generative(self) -> WeTok:
         """A copy with a generative decoder that ignores its noise so far: the weights that read it are zero.
 
         Both decode alike; training the copy (encoder frozen, L1 + LPIPS + GAN) teaches it to use the noise.
         """
-        if self.generative:
-            raise ConfigError("This WeTok has a generative decoder already.")
         quantizer = self.quantizer
-        grown = type(self)(self.channels, self.channel_multipliers, self.num_res_blocks, quantizer.groups,
-                           quantizer.bits, True, quantizer.codebook_entropy, quantizer.token_bits)
+        return self._grown(WeTok(self.channels, self.channel_multipliers, self.num_res_blocks, quantizer.groups,
+                                 quantizer.bits, True, quantizer.codebook_entropy, quantizer.token_bits))
+
+    def _grown(self, grown: Generative) -> Generative:
+        if self.generative:
+            raise ConfigError("This tokenizer has a generative decoder already.")
         tensors = dict(self.state_dict())
         weight = tensors["decoder.conv_in.weight"]
         tensors["decoder.conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], 1)

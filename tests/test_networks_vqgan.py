@@ -1,0 +1,142 @@
+"""VQGAN, IBQ, LlamaGen's VQ, VAR's and Infinity's tokenizers: fixtures (tolerances are theirs), sizes, saving."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.fixtures import Fixture
+from tests.shared import needs_shared
+from vtc.tokenizers.ibq import IBQ
+from vtc.tokenizers.infinity_vae import InfinityVAE
+from vtc.tokenizers.llamagen_vq import LlamaGenVQ
+from vtc.tokenizers.multi_scale_residual import VAR_512
+from vtc.tokenizers.open_magvit2 import OpenMAGVIT2
+from vtc.tokenizers.upstream import from_state_dict
+from vtc.tokenizers.var_vqvae import VARVQVAE
+from vtc.tokenizers.vqgan import VQGAN
+
+FIXTURES = needs_shared("fixtures")
+TINY = dict(channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
+MODELS = {
+    "vqgan": lambda: VQGAN(16, 4, z_channels=8, attention_levels=(1,), **TINY),
+    "ibq": lambda: IBQ(16, 4, z_channels=8, attention_levels=(), **TINY),
+    "llamagen": lambda: LlamaGenVQ(16, 4, z_channels=8, **TINY),
+    "open_magvit2": lambda: OpenMAGVIT2(bits=6, token_bits=(2, 4), **TINY),
+    "var": lambda: VARVQVAE(16, 8, sides=(1, 2, 3, 4), **TINY),
+    "infinity": lambda: InfinityVAE(6, sides=(1, 3, 4), **TINY),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    for parameter in model.parameters():
+        parameter.data.copy_(parameter.data.half().float())
+    return model
+
+
+@FIXTURES
+@torch.no_grad()
+def test_vqgan_equals_upstream():
+    fixture = Fixture("taming_vqgan_tiny")
+    dd = fixture.config["ddconfig"]
+    model = from_state_dict(fixture.weights(), beta=fixture.config["beta"])
+    assert isinstance(model, VQGAN)
+    assert model.vocab == (fixture.config["n_embed"],)
+    assert model.downsample == 2 ** (len(dd["ch_mult"]) - 1)
+    latent = model.encode_latents(fixture["input"])
+    torch.testing.assert_close(latent, fixture["latent"], atol=1e-4, rtol=0)
+    quantized = model.quantizer.train()(latent)
+    torch.testing.assert_close(quantized.loss, fixture["loss"], rtol=1e-4, atol=0)
+    quantized = model.quantizer.eval()(latent)
+    assert torch.equal(quantized.indices, fixture["indices"])
+    torch.testing.assert_close(quantized.z_q, fixture["quantized"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.decode_latents(quantized.z_q), fixture["reconstruction"], atol=2e-4, rtol=0)
+    tokens = model.encode(fixture["input"] * 0.5 + 0.5)
+    assert torch.equal(tokens.indices.flatten(), fixture["indices"].flatten())
+    expected = (fixture["reconstruction"] * 0.5 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(model.decode(tokens), expected, atol=1e-4, rtol=0)
+
+
+@FIXTURES
+def test_var_tokenizer_equals_upstream():
+    fixture = Fixture("var_vqvae_tiny")
+    config = fixture.config
+    sides = tuple(config["v_patch_nums"])
+    model = from_state_dict(fixture.weights(), sides=sides, beta=config["beta"], phi_share=config["quant_resi"])
+    assert isinstance(model, VARVQVAE)
+    with torch.no_grad():
+        latent = model.encode_latents(fixture["input"])
+        torch.testing.assert_close(latent, fixture["latent"], atol=1e-4, rtol=0)
+        tokens = model.encode(fixture["input"] * 0.5 + 0.5)
+        for scale, grid in enumerate(tokens.grids()):
+            assert torch.equal(grid.flatten(1), fixture[f"indices_scale{scale}"])
+        f_hat = model.codes(tokens)
+        torch.testing.assert_close(f_hat, fixture["f_hat"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.decode_latents(f_hat), fixture["reconstruction"], atol=2e-4, rtol=0)
+        clamped = fixture["rec_from_indices"].clamp(-1, 1) * 0.5 + 0.5
+        torch.testing.assert_close(model.decode(tokens), clamped, atol=1e-4, rtol=0)
+        for scale, image in enumerate(model.decode_progressively(tokens)):
+            expected = fixture[f"rec_upto_scale{scale}"].clamp(-1, 1) * 0.5 + 0.5
+            torch.testing.assert_close(image, expected, atol=1e-4, rtol=0)
+        indices = tokens.indices[..., 0]
+        torch.testing.assert_close(model.quantizer.teacher_inputs(indices), fixture["var_input"], atol=1e-4, rtol=0)
+        for scale, total in enumerate(model.quantizer.partial_sums(indices)):
+            torch.testing.assert_close(total, fixture[f"f_hat_upto_scale{scale}"], atol=1e-4, rtol=0)
+            shown = model.quantizer.next_scale_input(total, scale)
+            torch.testing.assert_close(shown, fixture[f"next_input_after_scale{scale}"], atol=1e-4, rtol=0)
+    latent = fixture["latent"].clone().requires_grad_(True)
+    loss = model.quantizer.train()(latent).loss
+    torch.testing.assert_close(loss, fixture["vq_loss"], rtol=1e-4, atol=0)
+    loss.backward()
+    torch.testing.assert_close(latent.grad, fixture["grad_vq_loss_wrt_latent"], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(model.quantizer.codebook.grad, fixture["grad_vq_loss_wrt_codebook"], rtol=1e-4,
+                               atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (9, 3), (5, 26)])
+def test_any_size_comes_back_at_its_size_and_finite(name, height, width):
+    model = make(name)
+    images = torch.rand(2, 3, height, width)
+    tokens = model.encode(images)
+    assert tokens.layout == model.layout(height, width)
+    assert tokens.layout.scales[-1] == (-(-height // 2), -(-width // 2))
+    assert all(tokens.indices[..., g].min() >= 0 and tokens.indices[..., g].max() < v
+               for g, v in enumerate(tokens.layout.vocab))
+    output = model.decode(tokens)
+    assert output.shape == images.shape
+    assert output.isfinite().all() and output.min() >= 0 and output.max() <= 1
+    torch.testing.assert_close(model(images)[0].clamp(0, 1), output, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saving_keeps_tokens_and_images(name, tmp_path):
+    model = make(name)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    images = torch.rand(1, 3, 8, 6)
+    tokens = model.encode(images)
+    assert torch.equal(loaded.encode(images).indices, tokens.indices)
+    assert torch.equal(loaded.decode(tokens), model.decode(tokens))
+    assert loaded.fingerprint() == model.fingerprint()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_reaches_every_weight(name):
+    model = make(name).train()
+    images = torch.rand(2, 3, 8, 8)
+    reconstruction, quantized = model(images)
+    ((reconstruction - images).square().mean() + quantized.loss).backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert not idle
+    assert not model.is_local
+
+
+def test_grids_of_other_sizes_follow_the_trained_ones():
+    model = VARVQVAE(16, 8, sides=VAR_512, channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1)
+    assert model.scales(512, 512) == tuple((s, s) for s in VAR_512)
+    wide = model.scales(256, 1024)
+    assert wide[-1] == (16, 64) and wide[0] == (1, 2) and len(wide) == len(VAR_512)
+    assert model.scales(1, 1) == ((1, 1),) * len(VAR_512)

@@ -1,0 +1,388 @@
+"""Checkpoints as their authors published them, to tokenizers of vtc: recognised by keys, mapped strictly.
+
+    load_checkpoint("vqgan_imagenet_f16_16384/last.ckpt") -> VQGAN
+    import_checkpoint("wetok.ckpt", "my_folder")           -> config.json + model.safetensors, for `from_pretrained`
+
+    family        recognised by                                        from
+    vqgan         quant_conv, encoder.mid.attn_1, no EMA               taming-transformers, VQGAN-compression
+    ibq           the same, with EMA weights (`model_ema.`)            SEED-Voken
+    llamagen      encoder.conv_blocks                                  LlamaGen
+    wetok         decoder.adaptive, 32 or 64 latent channels           WeTok, plain and generative decoder
+    open_magvit2  decoder.adaptive, 14 or 18 latent channels           Open-MAGVIT2, SEED-Voken
+    var           quantize.quant_resi                                  VAR
+    infinity      decoder.conv_in.conv                                 Infinity's VAE
+    diffusers_vq  encoder.down_blocks                                  diffusers' VQModel (with its config.json)
+    vtc           a folder with "class" in its config.json             vtc
+
+Widths, depths, and where attention stands are facts of the keys and shapes. What they do not tell has the published
+value and can be given: `groups` (WeTok), `sides` (VAR, Infinity), and so on, all arguments of the class.
+
+A pickle is a program, and Lightning's checkpoints hold more than tensors. Nothing of it is run: besides the few names
+that make up tensors, every name in the pickle becomes an inert placeholder.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vtc.errors import ConfigError, ModelError
+from vtc.tokenizers.base import Tokenizer
+
+StateDict = dict[str, Tensor]
+
+
+# ---------------------------------------------------------------------------------------------- reading files safely
+
+
+class Inert:
+    """Stands for any object of a pickle that is not a tensor or a plain container. It does nothing when asked to."""
+
+    def __new__(cls, *args: object, **kwargs: object) -> Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def __call__(self, *args: object, **kwargs: object) -> Inert:
+        return Inert()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def append(self, item: object) -> None:
+        """Forgets the item."""
+
+    def extend(self, items: object) -> None:
+        """Forgets the items."""
+
+    def add(self, item: object) -> None:
+        """Forgets the item."""
+
+
+#: the only names a pickle may resolve: what tensors are made of
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): torch.Size,
+    ("torch", "device"): torch.device,
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,  # type: ignore[attr-defined]
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # type: ignore[attr-defined]
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,  # type: ignore[attr-defined]
+}
+
+
+class _InertUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return _ALLOWED[module, name]
+        if module == "torch":
+            found = getattr(torch, name, None)
+            # Storage types are plain tags in legacy files; torch's own loader resolves them in newer ones.
+            if isinstance(found, torch.dtype) or (isinstance(found, type) and name.endswith("Storage")):
+                return found
+        return Inert
+
+
+def read_pickle(path: Path) -> Any:
+    """What torch.save wrote, of any age; every object that is not a tensor or a plain container is an `Inert`.
+
+    No code that the file names is imported or called.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if any(name.endswith("constants.pkl") for name in archive.namelist()):
+                    raise ModelError(f"{path} is a TorchScript program, not a checkpoint; save its state_dict instead.")
+        safe_pickle = SimpleNamespace(Unpickler=_InertUnpickler, load=_load, __name__="vtc's inert unpickler")
+        # `weights_only` would refuse the file as a whole; the unpickler above is what makes this safe.
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe_pickle)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError,
+            IndexError) as error:
+        raise ModelError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
+
+
+def _load(file: IO[bytes], **options: Any) -> Any:
+    return _InertUnpickler(file, **options).load()
+
+
+def read_tensors(path: Path) -> StateDict:
+    """All tensors of a .safetensors file, or of the state dict in a pickle ("state_dict", "ema", "model", "vae")."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read as safetensors ({error}).") from error
+    content = read_pickle(path)
+    for key in ("state_dict", "ema", "model", "vae"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ModelError(f"{path} holds no state dict of tensors.")
+    return {str(name).removeprefix("module."): tensor for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------------------------------------- names of parameters
+
+
+def ema_weights(tensors: StateDict) -> StateDict:
+    """The state dict with averaged weights in place of the last ones, where it has any (`model_ema.`).
+
+    Averages are stored under names without dots. ModelError for an average that belongs to no parameter.
+    """
+    averages = {k.removeprefix("model_ema."): v for k, v in tensors.items() if k.startswith("model_ema.")}
+    live = {k: v for k, v in tensors.items() if not k.startswith("model_ema.")}
+    for bookkeeping in ("decay", "num_updates"):
+        averages.pop(bookkeeping, None)
+    names: dict[str, str] = {}
+    for name in live:
+        dotless = name.replace(".", "")
+        if dotless in names and dotless in averages:
+            raise ModelError(f"The average {dotless!r} may belong to {names[dotless]!r} or {name!r}.")
+        names[dotless] = name
+    strangers = sorted(a for a in averages if a not in names)
+    if strangers:
+        raise ModelError(f"Averaged weights without a parameter: {_some(strangers)}.")
+    return live | {names[dotless]: value for dotless, value in averages.items()}
+
+
+def _renamed(tensors: StateDict, rules: list[tuple[str, str]]) -> StateDict:
+    """Every key through every rule (pattern, replacement); two keys must not meet."""
+    renamed: StateDict = {}
+    for old, tensor in tensors.items():
+        new = old
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in renamed:
+            raise ModelError(f"The key {old!r} of the checkpoint and another one both mean {new!r}.")
+        renamed[new] = tensor
+    return renamed
+
+
+def _without(tensors: StateDict, *prefixes: str) -> StateDict:
+    """What a tokenizer does not need to encode and decode: losses, discriminators, statistics of training."""
+    return {k: v for k, v in tensors.items() if not k.startswith(prefixes)}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+# --------------------------------------------------------------------------------------------- what keys and shapes say
+
+
+def _count(tensors: StateDict, pattern: str) -> int:
+    """How many different numbers the one group of the pattern takes among the keys."""
+    return len({m[1] for m in (re.match(pattern, k) for k in tensors) if m})
+
+
+def _network(tensors: StateDict) -> dict[str, Any]:
+    """channels, channel_multipliers, num_res_blocks of an autoencoder whose encoder has `down.i.block.j`."""
+    channels = tensors["encoder.conv_in.weight"].shape[0]
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight")
+    widths = [tensors[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
+    if any(w % channels for w in widths):
+        raise ModelError(f"Levels of {widths} channels are no multiples of the first convolution's {channels}.")
+    return {"channels": channels, "channel_multipliers": tuple(w // channels for w in widths),
+            "num_res_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")}
+
+
+def _attention_levels(tensors: StateDict) -> tuple[int, ...]:
+    return tuple(sorted({int(m[1]) for m in (re.match(r"encoder\.down\.(\d+)\.attn\.", k) for k in tensors) if m}))
+
+
+def _vq(tensors: StateDict) -> dict[str, Any]:
+    """codebook_size, embed_dim, z_channels and the network of a VQGAN whose keys are vtc's."""
+    codebook_size, embed_dim = tensors["quantizer.codebook"].shape
+    return {"codebook_size": codebook_size, "embed_dim": embed_dim,
+            "z_channels": tensors["quant_conv.weight"].shape[1], **_network(tensors)}
+
+
+Family = Callable[[StateDict], tuple[str, StateDict, dict[str, Any]]]
+
+
+def _vqgan(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    ours = _renamed(_without(tensors, "loss.", "colorize"), [(r"^quantize\.embedding\.weight$", "quantizer.codebook")])
+    return "VQGAN", ours, {**_vq(ours), "attention_levels": _attention_levels(ours)}
+
+
+def _ibq(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    _, ours, config = _vqgan(tensors)
+    return "IBQ", ours, config
+
+
+def _llamagen(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    last = _count(tensors, r"encoder\.conv_blocks\.(\d+)\.") - 1
+    rules = [(r"^quantize\.embedding\.weight$", "quantizer.codebook"),
+             (r"^encoder\.conv_blocks\.", "encoder.down."),
+             (r"\.mid\.0\.", ".mid.block_1."), (r"\.mid\.1\.", ".mid.attn_1."), (r"\.mid\.2\.", ".mid.block_2.")]
+    # The decoder counts its levels from the coarsest one.
+    rules += [(rf"^decoder\.conv_blocks\.{i}\.", f"decoder.up.{last - i}.") for i in range(last + 1)]
+    rules += [(r"^((?:en|de)coder\.(?:down|up)\.\d+)\.res\.", r"\1.block.")]
+    ours = _renamed(_without(tensors, "quantize.codebook_used"), rules)
+    return "LlamaGenVQ", ours, _vq(ours)
+
+
+def _wetok(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    ours = _without(tensors, "loss.")
+    z_channels = ours["encoder.conv_out.weight"].shape[0]
+    published = z_channels in (32, 64)  # in groups of 8; the checkpoint does not say how others group
+    return "WeTok", ours, {**_network(ours), "groups": z_channels // 8 if published else None,
+                           "bits_per_group": 8 if published else None,
+                           "generative": ours["decoder.conv_in.weight"].shape[1] == 2 * z_channels}
+
+
+def _open_magvit2(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    ours = _without(tensors, "loss.")
+    z_channels = ours["encoder.conv_out.weight"].shape[0]
+    return "OpenMAGVIT2", ours, {**_network(ours), "bits": z_channels,
+                                 "generative": ours["decoder.conv_in.weight"].shape[1] == 2 * z_channels}
+
+
+def _var(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    rules = [(r"^quantize\.embedding\.weight$", "quantizer.codebook"),
+             (r"^quantize\.quant_resi\.qresi_ls\.", "quantizer.phi."),
+             (r"^quantize\.quant_resi\.qresi\.", "quantizer.phi.0."),
+             (r"^quantize\.quant_resi\.(\d+)\.", r"quantizer.phi.\1.")]
+    ours = _renamed(_without(tensors, "quantize.ema_vocab_hit_SV"), rules)
+    codebook_size, z_channels = ours["quantizer.codebook"].shape
+    return "VARVQVAE", ours, {**_network(ours), "codebook_size": codebook_size, "z_channels": z_channels,
+                              "phis": _count(ours, r"quantizer\.phi\.(\d+)\.weight"),
+                              "attention": bool(_attention_levels(ours)),
+                              "mid_attention": "encoder.mid.attn_1.norm.weight" in ours}
+
+
+def _infinity(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
+    # Every convolution and norm sits in a wrapper of that name; the quantizer stores powers of two, twice.
+    rules = [(r"\.conv\.(weight|bias)$", r".\1"), (r"\.norm\.(weight|bias)$", r".\1"),
+             (r"\.downsample\.(weight|bias)$", r".downsample.conv.\1"),
+             (r"\.upsample\.(weight|bias)$", r".upsample.conv.\1")]
+    ours = _renamed(_without(tensors, "quantizer.lfq.mask", "quantize.lfq.mask"), rules)
+    return "InfinityVAE", ours, {**_network(ours), "bits": ours["encoder.conv_out.weight"].shape[0]}
+
+
+FAMILIES: dict[str, Family] = {"vqgan": _vqgan, "ibq": _ibq, "llamagen": _llamagen, "wetok": _wetok,
+                               "open_magvit2": _open_magvit2, "var": _var, "infinity": _infinity}
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> str:
+    """The family of a state dict, by its keys and shapes. ModelError where it is none of them."""
+    if "encoder.conv_blocks.0.res.0.norm1.weight" in tensors:
+        return "llamagen"
+    if "decoder.adaptive.0.gamma.weight" in tensors:
+        return "open_magvit2" if tensors["encoder.conv_out.weight"].shape[0] in (14, 18) else "wetok"
+    if any(k.startswith("quantize.quant_resi.") for k in tensors):
+        return "var"
+    if "decoder.conv_in.conv.weight" in tensors:
+        return "infinity"
+    if "quantize.embedding.weight" in tensors and "encoder.down.0.block.0.conv1.weight" in tensors:
+        return "ibq" if any(k.startswith("model_ema.") for k in tensors) else "vqgan"
+    raise ModelError(f"The keys of this checkpoint ({_some(sorted(tensors)[:4])}, ...) are those of none of the known "
+                     f"families: {', '.join(FAMILIES)}, diffusers' VQModel.")
+
+
+# ----------------------------------------------------------------------------------------------------------- the way in
+
+
+def tokenizer_class(name: str) -> type[Any]:
+    """The class of a tokenizer by its name; imported when asked for."""
+    from vtc.tokenizers.ibq import IBQ
+    from vtc.tokenizers.infinity_vae import InfinityVAE
+    from vtc.tokenizers.llamagen_vq import LlamaGenVQ
+    from vtc.tokenizers.local_vq import LocalVQ
+    from vtc.tokenizers.open_magvit2 import OpenMAGVIT2
+    from vtc.tokenizers.var_vqvae import VARVQVAE
+    from vtc.tokenizers.vqgan import VQGAN
+    from vtc.tokenizers.wetok import WeTok
+
+    known = {c.__name__: c for c in (VQGAN, IBQ, LlamaGenVQ, WeTok, OpenMAGVIT2, VARVQVAE, InfinityVAE, LocalVQ)}
+    if name == "DiffusersVQ":
+        from vtc.tokenizers.diffusers_adapters import DiffusersVQ
+
+        return DiffusersVQ
+    if name not in known:
+        raise ModelError(f"No tokenizer of vtc is called {name!r}; there are {', '.join(known)}, DiffusersVQ.")
+    return known[name]
+
+
+def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **settings: Any) -> Tokenizer:
+    """A tokenizer in eval mode with the weights of a state dict of upstream names; averaged weights where it has them.
+
+    family: one of FAMILIES where the keys leave it open, or to insist on it; settings: arguments of the class.
+    ModelError names the keys that are missing or left over.
+    """
+    family = family or recognise(tensors)
+    if family not in FAMILIES:
+        raise ConfigError(f"The family is one of {', '.join(FAMILIES)}, not {family!r}.")
+    # Averages of the discriminator have no place here, nor do they always have their parameter.
+    kept = {k: v for k, v in tensors.items() if not k.startswith("model_ema.loss")}
+    try:
+        name, ours, config = FAMILIES[family](ema_weights(kept))
+    except KeyError as error:
+        raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
+    config |= settings
+    unknown = sorted(k for k, v in config.items() if v is None)
+    if unknown:
+        raise ModelError(f"The checkpoint does not tell {name}'s {', '.join(unknown)}: give them as settings.")
+    try:
+        with torch.device("meta"):
+            model = tokenizer_class(name)(**config)
+    except TypeError as error:
+        raise ConfigError(f"{name} does not take these settings: {error}.") from error
+    expected = model.state_dict()
+    missing, left = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
+    wrong = sorted(k for k in expected.keys() & ours.keys() if expected[k].shape != ours[k].shape)
+    for what, names in (("lacks", missing), ("has left over", left), ("has in other shapes", wrong)):
+        if names:
+            raise ModelError(f"The checkpoint does not fit {name}: it {what} {_some(names)}.")
+    model = tokenizer_class(name)(**config)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in ours.items()})
+    return model.eval()
+
+
+def load_checkpoint(source: str | Path, family: str | None = None, **settings: Any) -> Tokenizer:
+    """A tokenizer in eval mode from a file (.ckpt, .pt, .pth, .bin, .safetensors) or folder, as published.
+
+    A folder is diffusers' VQModel or vtc's own. family, settings: see `from_state_dict`. Nothing is executed.
+    """
+    path = Path(source)
+    if not path.exists():
+        raise ModelError(f"There is no checkpoint at {path}.")
+    if path.is_file():
+        return from_state_dict(read_tensors(path), family, **settings)
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The folder {path} has no readable config.json.") from error
+    if "class" in config:
+        return tokenizer_class(config["class"]).from_pretrained(path)
+    if config.get("_class_name") == "VQModel":
+        return tokenizer_class("DiffusersVQ").from_diffusers(path)
+    raise ModelError(f"The folder {path} holds a {config.get('_class_name', 'model')}, which gives no tokens; "
+                     "diffusers' AutoencoderKL and AutoencoderDC go through DiffusersAutoencoder.")
+
+
+def import_checkpoint(source: str | Path, out: str | Path, family: str | None = None, **settings: Any) -> Tokenizer:
+    """`load_checkpoint`, then `config.json` and `model.safetensors` in the folder `out`; the tokenizer is returned.
+
+    Tensors are stored as float16, as every model of vtc is.
+    """
+    model: Any = load_checkpoint(source, family, **settings)
+    model.save_pretrained(out)
+    return model
