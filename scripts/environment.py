@@ -104,7 +104,10 @@ def make(extras: tuple[str, ...]) -> None:
 def step(*module: str, failed: str, python: Path = Path(sys.executable)) -> None:
     """`python -m module ...`, its output on stderr, so that stdout belongs to the script itself."""
     variables = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    if subprocess.run([str(python), "-m", *module], stdout=sys.stderr.fileno(), env=variables, check=False).returncode:
+    # Open files are passed on, and with them the lock: a pip that outlives its killed parent still holds it.
+    done = subprocess.run([str(python), "-m", *module], stdout=sys.stderr.fileno(), env=variables, close_fds=False,
+                          check=False)
+    if done.returncode:
         sys.exit(failed)
 
 
@@ -122,6 +125,7 @@ def lock() -> Iterator[None]:
         except BlockingIOError:
             say("Another process is setting the environment up; waiting for it.")
             fcntl.flock(file, fcntl.LOCK_EX)
+        os.set_inheritable(file.fileno(), True)
         yield
 
 
