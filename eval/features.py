@@ -102,15 +102,21 @@ class MixedC(nn.Module):
 
     def __init__(self, width: int, c: int) -> None:
         super().__init__()
-        row: dict[str, tuple[int, int]] = {"size": (1, 7), "padding": (0, 3)}
-        column: dict[str, tuple[int, int]] = {"size": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Conv(width, 192, 1)
-        self.branch7x7_1, self.branch7x7_2 = Conv(width, c, 1), Conv(c, c, **row)
-        self.branch7x7_3 = Conv(c, 192, **column)
-        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(width, c, 1), Conv(c, c, **column)
-        self.branch7x7dbl_3, self.branch7x7dbl_4 = Conv(c, c, **row), Conv(c, c, **column)
-        self.branch7x7dbl_5 = Conv(c, 192, **row)
+        self.branch7x7_1, self.branch7x7_2 = Conv(width, c, 1), self._row(c, c)
+        self.branch7x7_3 = self._column(c, 192)
+        self.branch7x7dbl_1, self.branch7x7dbl_2 = Conv(width, c, 1), self._column(c, c)
+        self.branch7x7dbl_3, self.branch7x7dbl_4 = self._row(c, c), self._column(c, c)
+        self.branch7x7dbl_5 = self._row(c, 192)
         self.branch_pool = Conv(width, 192, 1)
+
+    @staticmethod
+    def _row(width_in: int, width: int) -> Conv:
+        return Conv(width_in, width, (1, 7), padding=(0, 3))
+
+    @staticmethod
+    def _column(width_in: int, width: int) -> Conv:
+        return Conv(width_in, width, (7, 1), padding=(3, 0))
 
     def forward(self, x: Tensor) -> Tensor:
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))

@@ -19,11 +19,11 @@ from vtc.eval.metric import FeatureMetric, check_images
 
 
 class FeatureStatistics(NamedTuple):
-    """Mean (d,) and unbiased covariance (d, d), both float64, of `count` feature vectors."""
+    """Mean (d,) and unbiased covariance (d, d), both float64, of `num_images` feature vectors."""
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    num_images: int
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
@@ -60,7 +60,7 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
     """Reference statistics from an `.npz` with `mu` and `sigma` (ADM's, pytorch-fid's) or `mean` and `cov`.
 
     Raises FileError where the file holds neither. Arrays only: pickled objects are refused. The file does not say how
-    many images it was made of, so `count` is 0 unless it has an entry of that name.
+    many images it was made of, so `num_images` is 0 unless it has an entry `count`.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -80,7 +80,8 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
 
 def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
     """Write what `load_statistics`, pytorch-fid and ADM's evaluator read (`mu`, `sigma`), and `count`."""
-    np.savez(path, mu=statistics.mean.cpu().numpy(), sigma=statistics.covariance.cpu().numpy(), count=statistics.count)
+    arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
+    np.savez(path, **arrays, count=statistics.num_images)
 
 
 class FrechetDistance(FeatureMetric):

@@ -16,12 +16,14 @@ METHODS = ["cubic", "pchip", "akima"]
 @pytest.mark.parametrize("method", METHODS)
 def test_the_fixture(method):
     fixture = json.loads((SHARED / "fixtures" / "eval" / "bd_rate.json").read_text())
-    curves = [fixture[f"{kind}_{side}"] for side in ("anchor", "test") for kind in ("rate", "psnr")]
-    rate = bd_rate(*curves, method=method)
+    rates, quality, test_rates, test_quality = (
+        fixture[f"{kind}_{side}"] for side in ("anchor", "test") for kind in ("rate", "psnr"))
+    rate = bd_rate(rates, quality, test_rates, test_quality, method=method)
     assert rate.value == pytest.approx(fixture[f"bd_rate_{method}"], abs=1e-9)
     assert rate.overlap == (28.3, 36.2)
     assert rate.overlap_share == pytest.approx((36.2 - 28.3) / (36.5 - 28.0))
-    assert bd_quality(*curves, method=method).value == pytest.approx(fixture[f"bd_psnr_{method}"], abs=1e-9)
+    gain = bd_quality(rates, quality, test_rates, test_quality, method=method)
+    assert gain.value == pytest.approx(fixture[f"bd_psnr_{method}"], abs=1e-9)
 
 
 @pytest.mark.parametrize("method", METHODS)

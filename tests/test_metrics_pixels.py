@@ -166,7 +166,7 @@ def test_rates_refuse_nonsense():
     with pytest.raises(ConfigError):
         BitsPerPixel().update(-1, 10, 10)
     with pytest.raises(ConfigError):
-        BitsPerPixel("median")  # type: ignore[arg-type]
+        BitsPerPixel("median")
 
 
 def test_codebook_usage_equals_scipy():
