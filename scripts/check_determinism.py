@@ -79,7 +79,8 @@ def work(model: str, files: list[Path], threads: int, folder: Path, reference: P
 def compare(args: argparse.Namespace, files: list[Path]) -> dict:
     """Everything that the workers found, against the first number of threads."""
     facts = {"model": args.model, "fingerprint": load_tokenizer(args.model).fingerprint().hex(),
-             "threads": args.threads, "images": len(files), "indices": 0, "indices_that_flipped": 0, "images_with_flips": 0,
+             "threads": args.threads, "images": len(files),
+             "indices": 0, "indices_that_flipped": 0, "images_with_flips": 0,
              "streams_that_differ": 0, "max_difference_of_pixels_in_levels": 0.0, "max_difference_of_rounded_pixels": 0,
              "torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(),
              "machine": platform.machine()}

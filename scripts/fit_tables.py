@@ -63,7 +63,8 @@ def fit(args: argparse.Namespace) -> None:
     tokens = encoded(tokenizer, args.images)
     counts = count(tokens, args.tables or kind_of(tokens))
     tables = StaticTables(np.stack([row_of(c, max(map(len, counts))) for c in counts]))
-    facts: dict[str, float | str] = {"images": len(tokens), "tables": len(counts), **described(counts), **measured(tokens, tables, "fitted")}
+    facts: dict[str, float | str] = {"images": len(tokens), "tables": len(counts), **described(counts),
+                                     **measured(tokens, tables, "fitted")}
     if args.validate:
         facts |= measured(encoded(tokenizer, args.validate), tables, "validation")
     write(args.model, args.output or Path(args.model), tables)

@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, stream = rng.choice(streams)
         mutated = mutate(stream, rng)
         # A hang, even inside Rust, ends the run with status 1 and a traceback.
-        faulthandler.dump_traceback_later(60 * args.seconds, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(60 * args.seconds, exit=True, file=sys.__stderr__ or 2)
         before = time.process_time()
         try:
             outcome = case(mutated, wide[name], low[name])

@@ -27,8 +27,8 @@ fuzz_bitstream = import_module("scripts.fuzz_bitstream")
 def model_and_images(tmp_path):
     """A tiny random model, and four pictures with large flat parts."""
     torch.manual_seed(0)
-    widths = {"encoder_widths": (8, 8, 8), "decoder_widths": (8, 8, 8, 8)}
-    LocalVQ(codebook_size=64, dim=4, **widths).save_pretrained(tmp_path / "model")
+    model = LocalVQ(codebook_size=64, dim=4, encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8, 8))
+    model.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
     for n in range(4):
         picture = torch.full((3, 128, 160), n / 4)
