@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from vtc.tokenizers.losses import LeCAM, discriminator_loss, generator_loss
 from vtc.tokenizers.scale_consistent_vae import doubled_conv
 
 FIXTURES = needs_shared("fixtures")
-CLOSE = dict(rtol=1e-4, atol=0)
+CLOSE: dict[str, Any] = dict(rtol=1e-4, atol=0)
 
 
 def upstream_discriminator(fixture: Fixture) -> torch.nn.Module:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,12 @@ from vtc.tokenizers.scale_consistent_vae import AutoencoderKL, ScaleConsistentVA
 
 FIXTURES = needs_shared("fixtures", "scvae")
 #: of the fixture's JSON
-TOLERANCE = dict(atol=1e-5, rtol=1e-4)
+TOLERANCE: dict[str, Any] = dict(atol=1e-5, rtol=1e-4)
 
 
 def small(**changes) -> ScaleConsistentVAE:
     torch.manual_seed(0)
-    config = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+    config: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
                   block_out_channels=(8, 8, 16), norm_num_groups=4, sample_size=32)
     return ScaleConsistentVAE(**{**config, **changes}).eval()
 
@@ -150,8 +152,8 @@ def test_wrong_settings_say_so():
 
 
 def test_weights_of_autoencoderkl_load_both_ways(tmp_path):
-    config = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                  block_out_channels=(8, 16), norm_num_groups=4)
+    config: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,
+                                  up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16))
     torch.manual_seed(0)
     AutoencoderKL(**config).save_pretrained(tmp_path / "plain")
     model = ScaleConsistentVAE.from_pretrained(tmp_path / "plain", alignment="centered")

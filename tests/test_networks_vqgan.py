@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from vtc.tokenizers.var_vqvae import VARVQVAE
 from vtc.tokenizers.vqgan import VQGAN
 
 FIXTURES = needs_shared("fixtures")
-TINY = dict(channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
+TINY: dict[str, Any] = dict(channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
 MODELS = {
     "vqgan": lambda: VQGAN(16, 4, z_channels=8, attention_levels=(1,), **TINY),
     "ibq": lambda: IBQ(16, 4, z_channels=8, attention_levels=(), **TINY),

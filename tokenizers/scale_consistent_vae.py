@@ -20,7 +20,7 @@ twice the downsampling have not (`alignment="centered"`). The two differ in noth
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -58,23 +58,21 @@ def doubled_conv(features: Tensor, weight: Tensor, bias: Tensor | None, alignmen
     return doubled[..., 1:-1, 1:-1] if after else doubled
 
 
+def decoder_features(decoder: Any, z: Tensor) -> Tensor:
+    """Latents to the map before the last convolution of a diffusers decoder."""
+    h = decoder.conv_in(z)
+    for block in (decoder.mid_block, *decoder.up_blocks):
+        if torch.is_grad_enabled() and decoder.gradient_checkpointing:
+            h = decoder._gradient_checkpointing_func(block, h, None)
+        else:
+            h = block(h, None)
+    return decoder.conv_act(decoder.conv_norm_out(h))
+
+
 class DoublingDecoder(Decoder):
     """diffusers' decoder whose output is twice as large: the doubling and the last convolution are one step."""
 
     alignment: Alignment = "upstream"
-
-    def features(self, z: Tensor) -> Tensor:
-        """Latents to the (B, C, H/2, W/2) map before the last convolution."""
-        h = self.conv_in(z)
-        if torch.is_grad_enabled() and self.gradient_checkpointing:
-            h = self._gradient_checkpointing_func(self.mid_block, h, None)  # type: ignore[operator]
-            for block in self.up_blocks:
-                h = self._gradient_checkpointing_func(block, h, None)  # type: ignore[operator]
-        else:
-            h = self.mid_block(h, None)
-            for block in self.up_blocks:
-                h = block(h, None)
-        return self.conv_act(self.conv_norm_out(h))
 
     def head(self, features: Tensor) -> Tensor:
         """The (B, C, H/2, W/2) map to images (B, 3, H, W)."""
@@ -84,7 +82,7 @@ class DoublingDecoder(Decoder):
         """Latents to images; `latent_embeds` is there for diffusers' signature and must be None."""
         if latent_embeds is not None:
             raise ConfigError("The decoder of SC-VAE takes latents alone.")
-        return self.head(self.features(sample))
+        return self.head(decoder_features(self, sample))
 
 
 class DecodedWithFeatures(NamedTuple):
@@ -106,6 +104,14 @@ class ScaleConsistentVAE(AutoencoderKL):
     `enable_slicing` and `enable_tiling` work and count the stride. Group norm and attention see only their tile, so a
     tiled result differs from the whole, as it does in AutoencoderKL; `tiling_error` says by how much.
     """
+
+    # diffusers declares no types for what it assigns
+    encoder: Any
+    decoder: Any
+    post_quant_conv: Any
+    decode: Any
+    tile_sample_min_size: int
+    tile_overlap_factor: float
 
     @register_to_config
     def __init__(self, in_channels: int = 3, out_channels: int = 3,
@@ -139,12 +145,9 @@ class ScaleConsistentVAE(AutoencoderKL):
         """Latents to images and the features that the scale-consistency loss compares, in one pass."""
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
-        decoder = self.decoder
-        if isinstance(decoder, DoublingDecoder):
-            features = decoder.features(z)
-            return DecodedWithFeatures(decoder.head(features), features)
-        features = cast(Tensor, DoublingDecoder.features(cast(Any, decoder), z))
-        return DecodedWithFeatures(decoder.conv_out(features), features)
+        features = decoder_features(self.decoder, z)
+        head = self.decoder.head if self.stride == 2 else self.decoder.conv_out
+        return DecodedWithFeatures(head(features), features)
 
     def enable_tiling(self, use_tiling: bool = True, tile: int | None = None, overlap: float | None = None) -> None:
         """Work in overlapping tiles that are blended; memory is then bounded by the tile.
