@@ -5,8 +5,9 @@
     python scripts/bench_cli.py --width 4000 --height 3000 --runs 1     # 12 megapixels: look at the memory
 
 Each command is run once to warm the disk's cache, then `--runs` times, the commands taking turns, so that a change of
-the machine's load meets all of them; on a busy machine the processor seconds say more. The bars hold for 768x512 on two processors: encoding takes at most 1.0 s more
-than importing torch, decoding 1.5 s more, `--help` and a usage error 0.3 s in all. Exit code 1 where a bar is missed.
+the machine's load meets all of them; on a busy machine the processor seconds say more. The bars hold for 768x512 on two
+processors: encoding takes at most 1.0 s more than importing torch, decoding 1.5 s more, `--help` and a usage error
+0.3 s in all. Exit code 1 where a bar is missed.
 """
 
 from __future__ import annotations

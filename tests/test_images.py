@@ -153,7 +153,8 @@ def test_cmyk_lab_and_ycbcr() -> None:
 
 ORIENTED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud,
-    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}
+    5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90}
 
 
 @pytest.mark.parametrize("orientation", ORIENTED)
