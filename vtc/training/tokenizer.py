@@ -37,13 +37,13 @@ class TokenizerRecipe:
     resolution: int = 224
     train_batch_size: int = 6
     gradient_accumulation_steps: int = 1
-    max_train_steps: int = 9000
-    learning_rate: float = 6e-4
+    max_train_steps: int = 8500
+    learning_rate: float = 8e-4
     final_learning_rate: float = 1e-5
     lr_warmup_steps: int = 200
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    l1_weight: float = 4.0
+    l1_weight: float = 3.0
     perceptual_weight: float = 1.0
     #: steps without quantization; the latents of the last fifty give the K-means start of the codebook
     continuous_steps: int = 300
