@@ -168,6 +168,6 @@ def test_discriminators_without_batch_statistics_judge_each_image_alone(make):
 
 def test_wrong_settings_say_so():
     with pytest.raises(ConfigError, match="norm"):
-        PatchGAN(norm="layer")  # type: ignore[arg-type]
+        PatchGAN(norm="layer")
     with pytest.raises(ConfigError, match="32"):
         BlurPatchGAN(20)

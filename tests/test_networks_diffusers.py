@@ -69,6 +69,11 @@ def test_autoencoders_equal_diffusers(name):
     encoded = adapter.encode(x * 0.5 + 0.5).values / adapter.scale + adapter.shift
     torch.testing.assert_close(encoded, mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(adapter.decode(scaled), (fixture["y"] * 0.5 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
+    adapter.enable_tiling(64 if case["class"] == "AutoencoderDC" else 32)  # the fixture's tiles
+    encoded = adapter.encode(x * 0.5 + 0.5).values / adapter.scale + adapter.shift
+    torch.testing.assert_close(encoded, fixture["z_tiled"], atol=1e-5, rtol=1e-4)
+    tiled = (fixture["y_tiled"] * 0.5 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(adapter.decode(scaled), tiled, atol=1e-5, rtol=1e-4)
 
 
 def vq() -> DiffusersVQ:

@@ -20,8 +20,8 @@ TOLERANCE: dict[str, Any] = dict(atol=1e-5, rtol=1e-4)
 
 def small(**changes) -> ScaleConsistentVAE:
     torch.manual_seed(0)
-    config: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-                  block_out_channels=(8, 8, 16), norm_num_groups=4, sample_size=32)
+    config: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4, sample_size=32,
+                                  up_block_types=("UpDecoderBlock2D",) * 3, block_out_channels=(8, 8, 16))
     return ScaleConsistentVAE(**{**config, **changes}).eval()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,15 +103,15 @@ class DiffusersAutoencoder(nn.Module):
         super().__init__()
         if not isinstance(model, tuple(AUTOENCODERS.values())):
             raise ConfigError(f"DiffusersAutoencoder takes {', '.join(AUTOENCODERS)}, not {type(model).__name__}.")
-        self.model: Any = model.eval()
-        if isinstance(model, ScaleConsistentVAE):
-            self.downsample = model.downsample
-        elif isinstance(model, AutoencoderDC):
-            self.downsample = int(model.spatial_compression_ratio)
+        self.model: Any = cast(Any, model.eval())
+        self.tiles_by_stride = isinstance(model, AutoencoderDC)  # others tile by overlap
+        config: Any = self.model.config
+        if self.tiles_by_stride:
+            self.downsample = int(self.model.spatial_compression_ratio)
         else:
-            self.downsample = 2 ** (len(self.model.config.block_out_channels) - 1)
-        self.scale = float(self.model.config.scaling_factor)
-        self.shift = float(getattr(self.model.config, "shift_factor", None) or 0.0)
+            self.downsample = 2 ** (len(config.block_out_channels) - 1) * config.get("stride", 1)
+        self.scale = float(config.scaling_factor)
+        self.shift = float(config.get("shift_factor") or 0.0)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | os.PathLike[str], subfolder: str | None = None) -> Self:
@@ -169,10 +169,8 @@ class DiffusersAutoencoder(nn.Module):
             raise ConfigError(f"A tile's side is a multiple of {f} pixels, not {tile}.")
         if not 0 <= overlap < 1 or abs(common - latent * overlap) > 1e-6:
             raise ConfigError(f"An overlap of {overlap} does not cut tiles of {latent} latents at whole latents.")
-        if isinstance(self.model, ScaleConsistentVAE):
-            self.model.enable_tiling(tile=tile, overlap=overlap)
-        elif isinstance(self.model, AutoencoderDC):
-            stride = (latent - common) * f
+        stride = (latent - common) * f
+        if self.tiles_by_stride:
             self.model.enable_tiling(tile, tile, stride, stride)
         else:
             self.model.enable_tiling()

@@ -29,6 +29,7 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from vtc.errors import ConfigError, ModelError
 from vtc.tokenizers.base import Tokenizer
+from vtc.tokenizers.classes import TOKENIZER_CLASSES
 
 StateDict = dict[str, Tensor]
 
@@ -55,9 +57,6 @@ class Inert:
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         pass
-
-    def __call__(self, *args: object, **kwargs: object) -> Inert:
-        return Inert()
 
     def __setstate__(self, state: object) -> None:
         pass
@@ -80,9 +79,9 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
-    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,  # type: ignore[attr-defined]
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # type: ignore[attr-defined]
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,  # type: ignore[attr-defined]
+    ("torch._utils", "_rebuild_tensor"): torch._utils._rebuild_tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
 }
 
 
@@ -301,24 +300,11 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
 
 
 def tokenizer_class(name: str) -> type[Any]:
-    """The class of a tokenizer by its name; imported when asked for."""
-    from vtc.tokenizers.ibq import IBQ
-    from vtc.tokenizers.infinity_vae import InfinityVAE
-    from vtc.tokenizers.llamagen_vq import LlamaGenVQ
-    from vtc.tokenizers.local_vq import LocalVQ
-    from vtc.tokenizers.open_magvit2 import OpenMAGVIT2
-    from vtc.tokenizers.var_vqvae import VARVQVAE
-    from vtc.tokenizers.vqgan import VQGAN
-    from vtc.tokenizers.wetok import WeTok
-
-    known = {c.__name__: c for c in (VQGAN, IBQ, LlamaGenVQ, WeTok, OpenMAGVIT2, VARVQVAE, InfinityVAE, LocalVQ)}
-    if name == "DiffusersVQ":
-        from vtc.tokenizers.diffusers_adapters import DiffusersVQ
-
-        return DiffusersVQ
-    if name not in known:
-        raise ModelError(f"No tokenizer of vtc is called {name!r}; there are {', '.join(known)}, DiffusersVQ.")
-    return known[name]
+    """The class of a tokenizer of vtc by its name; imported when asked for."""
+    if name not in TOKENIZER_CLASSES:
+        raise ModelError(f"No tokenizer of vtc is called {name!r}; there are {', '.join(TOKENIZER_CLASSES)}.")
+    cls: type[Any] = getattr(import_module(TOKENIZER_CLASSES[name]), name)
+    return cls
 
 
 def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **settings: Any) -> Tokenizer:

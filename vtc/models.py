@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vtc.errors import ModelError
+from vtc.tokenizers.classes import TOKENIZER_CLASSES
 
 if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
 #: 0 is every model that vtc does not ship.
 MODEL_IDS = {"localvq-f16-3072": 1}
 DEFAULT_MODEL = "localvq-f16-3072"
-
-#: the "class" of a model's config.json -> the module that defines it
-TOKENIZER_CLASSES = {"LocalVQ": "vtc.tokenizers.local_vq"}
 
 
 def name_of(model_id: int) -> str | None:

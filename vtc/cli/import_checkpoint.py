@@ -1,0 +1,85 @@
+"""vtc-import: a published checkpoint to a folder of vtc."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vtc.cli.common import guarded, say
+from vtc.errors import FileError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The arguments of vtc-import."""
+    import vtc
+
+    parser = argparse.ArgumentParser(
+        prog="vtc-import",
+        description="Turn a tokenizer's checkpoint, as its authors published it, into a folder of config.json and "
+                    "model.safetensors that every command takes as --model. VQGAN (taming, VQGAN-compression), IBQ, "
+                    "LlamaGen, WeTok, Open-MAGVIT2, VAR, Infinity, diffusers' VQModel. Nothing in it is executed.",
+        epilog="Exit codes: 0 done, 1 failed, 2 usage. Example: vtc-import wetok.ckpt wetok-f16 --set groups=4")
+    parser.add_argument("source", metavar="SOURCE", help=".ckpt, .pt, .pth, .bin, .safetensors, or diffusers' folder")
+    parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist yet, or be empty")
+    parser.add_argument("--family", metavar="NAME", help="where the keys leave it open: vqgan, ibq, llamagen, wetok, "
+                                                         "open_magvit2, var, infinity")
+    parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", type=_setting, action="append", default=[],
+                        help="a setting that the file does not tell, as JSON: sides=[1,2,3], groups=4; may be repeated")
+    parser.add_argument("--json", action="store_true", help="what was made, as JSON on stdout")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but failures")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
+    return parser
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"the value of {name} is not JSON: {value!r}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+
+    def command() -> int:
+        from vtc.tokenizers.upstream import load_checkpoint
+
+        out = Path(args.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileError(f"{out} exists already; name a folder that does not.")
+        model: Any = load_checkpoint(args.source, args.family, **dict(args.settings))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        try:
+            model.save_pretrained(temporary)
+            temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        parameters = sum(p.numel() for p in model.parameters())
+        if args.json:
+            print(json.dumps({"input": args.source, "output": str(out), "class": type(model).__name__,
+                              "parameters": parameters, "downsample": model.downsample}), file=sys.stdout)
+        if not args.quiet:
+            say(f"{args.source} -> {out}: {type(model).__name__}, {parameters / 1e6:.1f} M parameters")
+        return 0
+
+    return guarded(parser, command)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
