@@ -76,10 +76,18 @@ def usable_cpus() -> int:
 
 
 def share_cpus(jobs: int) -> None:
-    """Give each of `jobs` threads that call this its part of the processors."""
+    """Make torch use in each job the part of the processors that `jobs` leave it. Call it once, in the main thread."""
     import torch
 
     torch.set_num_threads(max(1, min(torch.get_num_threads(), usable_cpus()) // jobs))
+
+
+def _use_threads(count: int) -> None:
+    """In a new thread: the number of the main thread, which not every library below torch hands on."""
+    if count:
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def load_model(name_or_path: str, device: str) -> Tokenizer:
@@ -171,7 +179,6 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
     """
     from tqdm import tqdm
 
-    jobs = min(jobs, len(tasks))
     several = len(tasks) > 1
     failures: list[str] = []
     report = sys.stderr if any(task.target == "-" for task in tasks) else sys.stdout
@@ -269,7 +276,8 @@ def _outcomes(tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int) ->
         for task in tasks:
             yield task, partial(timed, task)
         return
-    pool = ThreadPoolExecutor(jobs, initializer=share_cpus, initargs=(jobs,))
+    threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
+    pool = ThreadPoolExecutor(jobs, initializer=_use_threads, initargs=(threads,))
     try:
         waiting: deque[tuple[Task, Future[tuple[Made, float]]]] = deque()
         for task in tasks:

@@ -69,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 chosen = _format_of(args.output, args.format)
         except UsageError as error:
             parser.error(str(error))
-        format = FORMATS[chosen][0]
-        work = not_called if all(task.problem for task in tasks) else _decoder(args.model, args.device, format)
-        return run(parser.prog, tasks, work, args.jobs, args.json, args.quiet)
+        format, jobs = FORMATS[chosen][0], min(args.jobs, len(tasks))
+        work = not_called if all(task.problem for task in tasks) else _decoder(args.model, args.device, format, jobs)
+        return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
 
     return guarded(parser, command)
 
@@ -86,12 +86,12 @@ def _format_of(path: str, wanted: str | None) -> str:
     return wanted or by_suffix or "png"
 
 
-def _decoder(model: str | None, device: str, format: str) -> Callable[[Task], Made]:
+def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable[[Task], Made]:
     from vtc.codecs import container
     from vtc.codecs.token_codec import TokenCodec
     from vtc.images import MAX_PIXELS, encode_image
 
-    share_cpus(1)
+    share_cpus(jobs)
     codecs: dict[str, TokenCodec] = {}
     loading = threading.Lock()
 

@@ -36,18 +36,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             tasks = plan(args.inputs, args.output, PICTURE_SUFFIXES, ".vtc")
         except UsageError as error:
             parser.error(str(error))
-        work = not_called if all(task.problem for task in tasks) else _encoder(args.model, args.device)
-        return run(parser.prog, tasks, work, args.jobs, args.json, args.quiet)
+        jobs = min(args.jobs, len(tasks))
+        work = not_called if all(task.problem for task in tasks) else _encoder(args.model, args.device, jobs)
+        return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
 
     return guarded(parser, command)
 
 
-def _encoder(model: str, device: str) -> Callable[[Task], Made]:
+def _encoder(model: str, device: str, jobs: int) -> Callable[[Task], Made]:
     from vtc.codecs.token_codec import TokenCodec
     from vtc.files import read_file
     from vtc.images import load_image
 
-    share_cpus(1)
+    share_cpus(jobs)
     codec = TokenCodec(load_model(model, device))
 
     def work(task: Task) -> Made:
