@@ -9,6 +9,7 @@ import torch
 
 from tests.fixtures import Fixture
 from tests.shared import needs_shared
+from vtc.codecs.token_codec import TokenCodec
 from vtc.tokenizers.ibq import IBQ
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.llamagen_vq import LlamaGenVQ
@@ -17,10 +18,12 @@ from vtc.tokenizers.open_magvit2 import OpenMAGVIT2
 from vtc.tokenizers.upstream import from_state_dict
 from vtc.tokenizers.var_vqvae import VARVQVAE
 from vtc.tokenizers.vqgan import VQGAN
+from vtc.tokenizers.wetok import WeTok
 
 FIXTURES = needs_shared("fixtures")
 TINY: dict[str, Any] = dict(channels=32, channel_multipliers=(1, 2), num_res_blocks=1)
 MODELS = {
+    "wetok": lambda: WeTok(groups=2, bits_per_group=4, **TINY),
     "vqgan": lambda: VQGAN(16, 4, z_channels=8, attention_levels=(1,), **TINY),
     "ibq": lambda: IBQ(16, 4, z_channels=8, attention_levels=(), **TINY),
     "llamagen": lambda: LlamaGenVQ(16, 4, z_channels=8, **TINY),
@@ -142,3 +145,25 @@ def test_grids_of_other_sizes_follow_the_trained_ones():
     wide = model.scales(256, 1024)
     assert wide[-1] == (16, 64) and wide[0] == (1, 2) and len(wide) == len(VAR_512)
     assert model.scales(1, 1) == ((1, 1),) * len(VAR_512)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_go_through_the_codec(name):
+    model = make(name)
+    images = torch.rand(2, 3, 9, 14)
+    codec = TokenCodec(model)
+    streams = codec.compress(images)
+    tokens = model.encode(images)
+    for number, stream in enumerate(streams):
+        assert torch.equal(codec.decompress_tokens(stream).indices, tokens[number].indices)
+    (first, _) = codec.decompress(streams)
+    torch.testing.assert_close(first, model.decode(tokens[0])[0], atol=1e-5, rtol=0)
+
+
+def test_the_fingerprint_covers_how_bits_become_indices():
+    one, other = (OpenMAGVIT2(bits=6, token_bits=cut, **TINY) for cut in ((2, 4), (4, 2)))
+    other.load_state_dict(one.state_dict())
+    assert one.fingerprint() != other.fingerprint()
+    other = OpenMAGVIT2(bits=6, token_bits=(2, 4), **TINY)
+    other.load_state_dict(one.state_dict())
+    assert one.fingerprint() == other.fingerprint()

@@ -7,6 +7,7 @@ projections are stored, and in what follows. Sub-modules bear the names of the p
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Literal
@@ -44,7 +45,7 @@ def swish(x: Tensor) -> Tensor:
     torch's silu differs in the last bit, and a sign or a nearest codeword may hang on that: with this form the latents
     of the networks here equal those of the published code bit for bit (same torch, CPU).
     """
-    return _Swish.apply(x)
+    return _Swish.apply(x) if x.requires_grad and torch.is_grad_enabled() else torch.sigmoid(x).mul_(x)
 
 
 def group_norm(width: int) -> nn.GroupNorm:
@@ -214,17 +215,31 @@ def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
     return F.pad(images, (0, -width % factor, 0, -height % factor), mode="replicate")
 
 
-class GridTokenizer(Tokenizer):
+class FormattedTokenizer(Tokenizer):
+    """Base of the tokenizers below: their fingerprint also covers what no tensor tells of the meaning of indices."""
+
+    #: called with latents it gives a `Quantized`; it has `indices_to_codes`
+    quantizer: Any
+    #: words of each group's codebook
+    vocab: tuple[int, ...]
+
+    @property
+    def token_format(self) -> str:
+        """The vocabularies, and the order of the bits in an index where it is made of bits."""
+        return f"{self.vocab} {getattr(self.quantizer, 'bit_order', '')}"
+
+    def fingerprint(self) -> bytes:
+        """Eight bytes that change when a tensor that decoding reads changes, or the meaning of indices."""
+        return hashlib.sha256(super().fingerprint() + self.token_format.encode()).digest()[:8]
+
+
+class GridTokenizer(FormattedTokenizer):
     """A tokenizer with one grid of tokens: encoder, quantizer, decoder.
 
     A network states `downsample`, `vocab` and `quantizer`, and implements `encode_latents` and `decode_latents`,
     both in the network's own range [-1, 1]. Padding, cropping and the public range are done here.
     """
 
-    #: called with latents it gives a `Quantized`; it has `indices_to_codes`
-    quantizer: Any
-    #: words of each group's codebook
-    vocab: tuple[int, ...]
     #: whether the quantizer's indices have a last dimension of groups, (B, h, w, G), or none, (B, h, w)
     grouped_indices: bool = False
 
@@ -272,17 +287,13 @@ class GridTokenizer(Tokenizer):
         return images[..., : tokens.height, : tokens.width].clamp(0, 1)
 
 
-class MultiScaleTokenizer(Tokenizer):
+class MultiScaleTokenizer(FormattedTokenizer):
     """A tokenizer whose image is a pyramid of token grids, coarse to fine; all grids are codes of one latent map.
 
     A network states `downsample`, `vocab`, `sides` and `quantizer` (a `MultiScaleQuantizer`), and implements
     `encode_latents` and `decode_latents` as a `GridTokenizer` does.
     """
 
-    #: a `MultiScaleQuantizer`
-    quantizer: Any
-    #: words of each group's codebook
-    vocab: tuple[int, ...]
     #: whether the quantizer's indices have a last dimension of groups
     grouped_indices: bool = False
     #: sides of the square grids that the weights were trained with; the last is the latent map's

@@ -117,8 +117,10 @@ def generator_loss(output: Tensor, images: Tensor, fake: Tensor | None = None, q
                    adversarial: Literal["non_saturating", "hinge"] = "non_saturating") -> dict[str, Tensor]:
     """The terms of a tokenizer's step, and their weighted sum under "loss".
 
-    output, images: (B, 3, H, W), in the same range. fake: the discriminator's logits of `output`.
-    quantizer_loss: of `Quantized`, weighted already. perceptual: two images to (B,), as `LPIPS`.
+    output, images: (B, 3, H, W), in the same range; the published weights are for [-1, 1], where L1 is twice as large
+        as in [0, 1]. fake: the discriminator's logits of `output`.
+    quantizer_loss: of `Quantized`, weighted already. perceptual: two images to (B,), as `LPIPS`, which takes [0, 1]:
+        `lambda a, b: lpips(a * 0.5 + 0.5, b * 0.5 + 0.5)` where the images are in [-1, 1].
     adversarial: "non_saturating" on the mean logit of each image (WeTok), or "hinge" (VQGAN).
     Terms that are not given are left out. WeTok's two stages: with and without `quantizer_loss`.
     """

@@ -47,7 +47,7 @@ class VARVQVAE(MultiScaleTokenizer, PretrainedMixin):
         super().__init__()
         levels = (len(channel_multipliers) - 1,) if attention else ()
         self.downsample = 2 ** (len(channel_multipliers) - 1)
-        self.vocab, self.sides = (codebook_size,), tuple(sides)
+        self.vocab, self.sides, self.phi_share = (codebook_size,), tuple(sides), phi_share
         self.encoder = Encoder(channels, channel_multipliers, num_res_blocks, z_channels, levels, mid_attention,
                                "fused")
         self.quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
@@ -56,6 +56,11 @@ class VARVQVAE(MultiScaleTokenizer, PretrainedMixin):
         self.post_quant_conv = nn.Conv2d(z_channels, z_channels, 3, padding=1)
         self.decoder = Decoder(channels, channel_multipliers, num_res_blocks, z_channels, levels, mid_attention,
                                "fused")
+
+    @property
+    def token_format(self) -> str:
+        """The vocabulary, and the share of the convolution in phi, which no tensor tells."""
+        return f"{super().token_format} phi {self.phi_share}"
 
     def encode_latents(self, x: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(x))
