@@ -83,6 +83,9 @@ class LPIPS(nn.Module):
     Raises ModelError where the weights are not found: LPIPS with random weights is not LPIPS.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, backbone: Backbone = "alex", weights: str | os.PathLike[str] | None = None) -> None:
         super().__init__()
         if backbone not in BACKBONES:

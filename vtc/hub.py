@@ -56,7 +56,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
     """
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path) -> Self:
+    def from_pretrained(cls, name_or_path: str | Path) -> Self:  # type: ignore[override]  # one argument, on purpose
         """A model in eval mode, float32, on the CPU, from a bundled name, a folder, or a Hub repository."""
         try:
             config: dict[str, Any] = json.loads(fetch(name_or_path, CONFIG).read_text())
@@ -67,11 +67,13 @@ class PretrainedMixin(PyTorchModelHubMixin):
             raise ModelError(f"The model {str(name_or_path)!r} is not a {cls.__name__}.")
         try:
             model = cls(**config)
-            model.load_state_dict(tensors)
+            module = cast(nn.Module, model)
+            module.load_state_dict(tensors)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
-        return model.eval()
+        module.eval()
+        return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
