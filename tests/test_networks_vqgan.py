@@ -15,6 +15,7 @@ from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.llamagen_vq import LlamaGenVQ
 from vtc.tokenizers.multi_scale_residual import VAR_512
 from vtc.tokenizers.open_magvit2 import OpenMAGVIT2
+from vtc.tokenizers.tiling import decode_tiled, encode_tiled
 from vtc.tokenizers.upstream import from_state_dict
 from vtc.tokenizers.var_vqvae import VARVQVAE
 from vtc.tokenizers.vqgan import VQGAN
@@ -167,3 +168,15 @@ def test_the_fingerprint_covers_how_bits_become_indices():
     other = OpenMAGVIT2(bits=6, token_bits=(2, 4), **TINY)
     other.load_state_dict(one.state_dict())
     assert one.fingerprint() == other.fingerprint()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tiling_a_network_that_is_not_local_says_so(name):
+    model = make(name)
+    images = torch.rand(1, 3, 8, 12)
+    with pytest.warns(RuntimeWarning, match="not local"):
+        tokens = encode_tiled(model, images, tile=8)
+    assert torch.equal(tokens.indices, model.encode(images).indices)
+    with pytest.warns(RuntimeWarning, match="not local"):
+        tiled = decode_tiled(model, tokens, tile=8)
+    assert torch.equal(tiled, model.decode(tokens))

@@ -52,10 +52,10 @@ def doubled_conv(features: Tensor, weight: Tensor, bias: Tensor | None, alignmen
                         torch.stack([rows[..., 0], rows[..., 1] + rows[..., 2]], -1)], 2)  # O, 2, 2, C, 2, 2
     kernel = taps.flatten(0, 2)  # 4 O, C, 2, 2; in each group of four: (row, column) of the pair
     wide_bias = None if bias is None else bias.repeat_interleave(4)
-    after = 1 if alignment == "centered" else 0
-    windows = F.conv2d(F.pad(features, (1, after, 1, after)), kernel, wide_bias)
-    doubled = F.pixel_shuffle(windows, 2)
-    return doubled[..., 1:-1, 1:-1] if after else doubled
+    windows = F.conv2d(features, kernel, wide_bias, padding=1)  # one more than pixels along each axis
+    if alignment == "centered":
+        return F.pixel_shuffle(windows, 2)[..., 1:-1, 1:-1]
+    return F.pixel_shuffle(windows[..., :-1, :-1], 2)
 
 
 def decoder_features(decoder: Any, z: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 A local network's output at a place depends on its input within the halo around that place. A tile that brings its halo
 along, and is cut off where the picture really ends (so that padding happens where it happens for the whole), gives the
-same values as the whole up to the order of additions. A network that is not local runs on the whole picture.
+same values as the whole up to the order of additions. A network that is not local runs on the whole picture, and a
+RuntimeWarning says so.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +24,7 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE)
     """`tokenizer.encode(images)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
     height, width = images.shape[-2:]
     layout = tokenizer.layout(height, width)
-    if not _can_tile(tokenizer, layout) or max(height, width) <= tile + 2 * tokenizer.halo:
+    if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, layout):
         return tokenizer.encode(images)
     f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
     ((rows, columns),) = layout.scales
@@ -39,7 +41,7 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
                  tile: int = DEFAULT_TILE) -> Tensor:
     """`tokenizer.decode(tokens)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
     height, width = tokens.height, tokens.width
-    if not _can_tile(tokenizer, tokens.layout) or max(height, width) <= tile + 2 * tokenizer.halo:
+    if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, tokens.layout):
         return tokenizer.decode(tokens, generator=generator)
     f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
     ((rows, columns),) = tokens.layout.scales
@@ -58,7 +60,11 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
 
 
 def _can_tile(tokenizer: Tokenizer, layout: TokenLayout) -> bool:
-    return tokenizer.is_local and len(layout.scales) == 1
+    if tokenizer.is_local and len(layout.scales) == 1:
+        return True
+    warnings.warn(f"{type(tokenizer).__name__} is not local, so tiles would change its result: it works on the whole "
+                  "image at once, and memory grows with the image.", RuntimeWarning, stacklevel=3)
+    return False
 
 
 def _in_tokens(pixels: int, downsample: int) -> int:
