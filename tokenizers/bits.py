@@ -78,16 +78,15 @@ def check_token_bits(token_bits: tuple[int, ...], dim: int) -> None:
         raise ConfigError(f"Tokens of {token_bits} bits do not share out {dim} bits (1 to 62 bits a token).")
 
 
-def _coins(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """P(one), P(zero) and the entropy in nats of each coin; nothing is lost where |logit| is large."""
-    size = logits.abs()
-    rare = torch.exp(-size)
-    log_odds_sum = torch.log1p(rare)  # -logsigmoid(|x|)
-    common = 1 / (1 + rare)
-    rare = rare * common
-    positive = logits > 0
-    entropy = log_odds_sum.addcmul_(size, rare)
-    return torch.where(positive, common, rare), torch.where(positive, rare, common), entropy
+def _coins(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """P(one) and P(zero) of each coin; the smaller one is not what is left of 1, so it keeps all its digits."""
+    return torch.sigmoid(logits), torch.sigmoid(-logits)
+
+
+def _coin_entropy(logits: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
+    """Entropy of each coin in nats, -logsigmoid(|x|) + |x| P(the rarer side): no difference of large numbers."""
+    rare = torch.minimum(ones, zeros)
+    return torch.log1p(-rare).neg_().addcmul_(logits.abs(), rare)
 
 
 def _code_table(ones: Tensor, zeros: Tensor) -> Tensor:
@@ -103,24 +102,33 @@ def _pieces(bits: int, n: int) -> list[slice]:
     return [slice(start, min(start + step, n)) for start in range(0, n, step)]
 
 
-def _mean_codes(ones: Tensor, zeros: Tensor) -> Tensor:
-    """(g, d, N) coins to (g, 2^ceil(d/2), 2^floor(d/2)): mean probability of each code, high half by low half."""
+def _half_tables(ones: Tensor, zeros: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
+    """Code probabilities of the low and of the high half of the bits, for some of the samples."""
+    half = ones.shape[1] // 2
+    return (_code_table(ones[:, :half, piece], zeros[:, :half, piece]),
+            _code_table(ones[:, half:, piece], zeros[:, half:, piece]))
+
+
+def _mean_codes(ones: Tensor, zeros: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """(g, d, N) coins to (g, 2^ceil(d/2), 2^floor(d/2)): mean probability of each code, high half by low half.
+
+    And, where the samples fit into one piece, its two tables.
+    """
     groups, bits, n = ones.shape
     half = bits // 2
+    pieces = _pieces(bits, n)
     total = ones.new_zeros(groups, 1 << (bits - half), 1 << half)
-    for piece in _pieces(bits, n):
-        low = _code_table(ones[:, :half, piece], zeros[:, :half, piece])
-        high = _code_table(ones[:, half:, piece], zeros[:, half:, piece])
+    for piece in pieces:
+        low, high = _half_tables(ones, zeros, piece)
         total.baddbmm_(high, low.mT)
-    return total.div_(n)
+    return total.div_(n), [low, high] if len(pieces) == 1 else []
 
 
 @torch.no_grad()
 def mean_code_probabilities(logits: Tensor) -> Tensor:
     """(g, d, N) bit logits to (g, 2^d): mean over N of each code's probability, first bit least significant."""
     with torch.autocast(logits.device.type, enabled=False):
-        ones, zeros, _ = _coins(_wide(logits))
-        return _mean_codes(ones, zeros).flatten(1)
+        return _mean_codes(*_coins(_wide(logits)))[0].flatten(1)
 
 
 def guarded_log(p: Tensor, eps: float, guard: LogGuard) -> tuple[Tensor, Tensor]:
@@ -137,30 +145,30 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _BitEntropies(torch.autograd.Function):
-    """Keeps only the logits and the histogram; the tables are built again on the way back, which is cheap."""
+    """Keeps logits, coins and histogram; tables of more than one piece are built again on the way back."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, eps: float, guard: LogGuard,
                 reduce_across_ranks: bool) -> tuple[Tensor, Tensor]:
         with torch.autocast(logits.device.type, enabled=False):
-            ones, zeros, entropy = _coins(_wide(logits))
-            histogram = _mean_codes(ones, zeros)
+            wide = _wide(logits)
+            ones, zeros = _coins(wide)
+            per_sample = _coin_entropy(wide, ones, zeros).sum(1).mean(1)
+            histogram, tables = _mean_codes(ones, zeros)
             if reduce_across_ranks:
                 histogram = mean_over_ranks(histogram)
-            ctx.save_for_backward(logits, histogram)
-            ctx.eps, ctx.guard = eps, guard
-            return entropy.sum(1).mean(1), -(histogram * guarded_log(histogram, eps, guard)[0]).sum((1, 2))
+            ctx.save_for_backward(wide, ones, zeros, histogram, *tables)
+            ctx.eps, ctx.guard, ctx.dtype = eps, guard, logits.dtype
+            return per_sample, -(histogram * guarded_log(histogram, eps, guard)[0]).sum((1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, histogram = ctx.saved_tensors
+        wide, ones, zeros, histogram, *tables = ctx.saved_tensors
         to_samples, to_codes = (g[:, None, None] for g in grads)
-        _, bits, n = logits.shape
+        _, bits, n = wide.shape
         half = bits // 2
-        with torch.autocast(logits.device.type, enabled=False):
-            wide = _wide(logits)
-            ones, zeros, _ = _coins(wide)
+        with torch.autocast(wide.device.type, enabled=False):
             # d(-p log p)/dp of each code, times what arrives from above
             log_p, derivative = guarded_log(histogram, ctx.eps, ctx.guard)
             slope = (log_p + derivative).mul_(to_codes / -n)
@@ -169,19 +177,20 @@ class _BitEntropies(torch.autograd.Function):
             low_bits = _bit_matrix(half, grad)
             high_bits = _bit_matrix(bits - half, grad)
             for piece in _pieces(bits, n):
-                low = _code_table(ones[:, :half, piece], zeros[:, :half, piece])
-                high = _code_table(ones[:, half:, piece], zeros[:, half:, piece])
+                low, high = tables or _half_tables(ones, zeros, piece)
                 weighted_low = (slope.mT @ high).mul_(low)
                 weighted_high = (slope @ low).mul_(high)
                 expected = weighted_low.sum(1, keepdim=True)
-                grad[:, :half, piece] += low_bits @ weighted_low - ones[:, :half, piece] * expected
-                grad[:, half:, piece] += high_bits @ weighted_high - ones[:, half:, piece] * expected
-        return grad.to(logits.dtype), None, None, None
+                grad[:, :half, piece].baddbmm_(low_bits, weighted_low)
+                grad[:, half:, piece].baddbmm_(high_bits, weighted_high)
+                grad[:, :, piece].addcmul_(ones[:, :, piece], expected, value=-1)
+        return grad.to(ctx.dtype), None, None, None
 
 
 def _bit_matrix(bits: int, like: Tensor) -> Tensor:
-    """(bits, 2^bits): bit i of each code."""
-    return unpack_bits(torch.arange(1 << bits, device=like.device), bits, "lsb_first").T.to(like.dtype)
+    """(g, bits, 2^bits): bit i of each code, for each group of `like`."""
+    codes, place = torch.arange(1 << bits, device=like.device), torch.arange(bits, device=like.device)
+    return ((codes >> place[:, None]) & 1).to(like.dtype).expand(len(like), -1, -1)
 
 
 def bit_entropies(logits: Tensor, eps: float = 0.0, guard: LogGuard = "add",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
@@ -114,7 +115,7 @@ class GroupLFQ(nn.Module):
         per_sample, of_codes = bit_entropies(rows * (4 / self.temperature), self.eps, self.guard,
                                              self.reduce_across_ranks)
         return {"per_sample_entropy": per_sample.mean(), "codebook_entropy": of_codes.mean(),
-                "commitment": (wide - codes).square().mean()}
+                "commitment": F.mse_loss(wide, codes.to(wide.dtype))}
 
     def _total(self, terms: dict[str, Tensor]) -> Tensor:
         spread = terms["per_sample_entropy"] - self.diversity * terms["codebook_entropy"]

@@ -41,6 +41,18 @@ _MODULE_OF = {
     "Tokenizer": "vtc.tokenizers.base",
     "Tokens": "vtc.tokenizers.base",
     "VectorQuantizer": "vtc.tokenizers.vector_quantizer",
+    # quantizers
+    "BinarySphericalQuantizer": "vtc.tokenizers.binary_spherical",
+    "CodebookStatistics": "vtc.tokenizers.codebook_stats",
+    "FiniteScalarQuantizer": "vtc.tokenizers.finite_scalar",
+    "GradientVectorQuantizer": "vtc.tokenizers.vector_quantizer",
+    "GroupLFQ": "vtc.tokenizers.lookup_free",
+    "IndexBackpropQuantizer": "vtc.tokenizers.index_backprop",
+    "LFQ": "vtc.tokenizers.lookup_free",
+    "MultiScaleBinaryQuantizer": "vtc.tokenizers.multi_scale_binary",
+    "MultiScaleResidualQuantizer": "vtc.tokenizers.multi_scale_residual",
+    "ProductQuantizer": "vtc.tokenizers.product_quantizer",
+    "ResidualQuantizer": "vtc.tokenizers.residual_quantizer",
     # codecs
     "TokenCodec": "vtc.codecs.token_codec",
 }
@@ -62,8 +74,19 @@ if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer as Tokenizer
     from vtc.tokenizers.base import TokenLayout as TokenLayout
     from vtc.tokenizers.base import Tokens as Tokens
+    from vtc.tokenizers.binary_spherical import BinarySphericalQuantizer as BinarySphericalQuantizer
+    from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
+    from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
     from vtc.tokenizers.local_vq import LocalVQ as LocalVQ
+    from vtc.tokenizers.lookup_free import LFQ as LFQ
+    from vtc.tokenizers.lookup_free import GroupLFQ as GroupLFQ
     from vtc.tokenizers.lpips import LPIPS as LPIPS
+    from vtc.tokenizers.multi_scale_binary import MultiScaleBinaryQuantizer as MultiScaleBinaryQuantizer
+    from vtc.tokenizers.multi_scale_residual import MultiScaleResidualQuantizer as MultiScaleResidualQuantizer
+    from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
+    from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
+    from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer as GradientVectorQuantizer
     from vtc.tokenizers.vector_quantizer import VectorQuantizer as VectorQuantizer
 else:
 
