@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tarfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ CASES: dict[str, tuple[Any, Any, str | None, dict[str, Any]]] = {
     "var": (lambda: random_model(VARVQVAE, codebook_size=16, z_channels=8, sides=(1, 2, 3)), var, None,
             {"sides": (1, 2, 3)}),
     "infinity": (lambda: random_model(InfinityVAE, bits=6, sides=(1, 2)), infinity, "vae", {"sides": (1, 2)}),
+    "infinity_bare": (lambda: random_model(InfinityVAE, bits=6, sides=(1, 2)), weights, "vae", {"sides": (1, 2)}),
 }
 
 
@@ -249,8 +251,11 @@ def test_files_that_are_no_checkpoints_say_so(tmp_path):
     torch.save([1, 2], tmp_path / "list.pt")
     torch.jit.script(torch.nn.Linear(1, 1)).save(str(tmp_path / "program.pt"))
     (tmp_path / "folder").mkdir()
+    with tarfile.open(tmp_path / "old.tar", "w") as archive:
+        archive.add(tmp_path / "text.ckpt", "storages")
     for name, message in (("text.ckpt", "cannot be read"), ("short.safetensors", "cannot be read"),
-                          ("list.pt", "no state dict"), ("program.pt", "TorchScript"), ("folder", "config.json"),
+                          ("list.pt", "no state dict"), ("old.tar", "before 0.1.10"),
+                          ("program.pt", "TorchScript"), ("folder", "config.json"),
                           ("missing.pt", "no checkpoint")):
         with pytest.raises(ModelError, match=message):
             load_checkpoint(tmp_path / name)

@@ -10,7 +10,8 @@
     wetok         decoder.adaptive, 32 or 64 latent channels           WeTok, plain and generative decoder
     open_magvit2  decoder.adaptive, 14 or 18 latent channels           Open-MAGVIT2, SEED-Voken
     var           quantize.quant_resi                                  VAR
-    infinity      decoder.conv_in.conv                                 Infinity's VAE
+    infinity      decoder.conv_in.conv, or no attention and no         Infinity's VAE
+                  quant_conv
     diffusers_vq  encoder.down_blocks                                  diffusers' VQModel (with its config.json)
     vtc           a folder with "class" in its config.json             vtc
 
@@ -26,6 +27,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tarfile
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -107,11 +109,14 @@ def read_pickle(path: Path) -> Any:
             with zipfile.ZipFile(path) as archive:
                 if any(name.endswith("constants.pkl") for name in archive.namelist()):
                     raise ModelError(f"{path} is a TorchScript program, not a checkpoint; save its state_dict instead.")
+        elif tarfile.is_tarfile(path):
+            raise ModelError(f"{path} is of a torch before 0.1.10 or another archive; save its state_dict anew.")
         safe_pickle = SimpleNamespace(Unpickler=_InertUnpickler, load=_load, __name__="vtc's inert unpickler")
         # `weights_only` would refuse the file as a whole; the unpickler above is what makes this safe.
         return torch.load(path, map_location="cpu", weights_only=False, pickle_module=safe_pickle)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError, KeyError,
-            IndexError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a file that is no pickle, or a broken one, may fail in any way
         raise ModelError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {error}).") from error
 
 
@@ -120,14 +125,14 @@ def _load(file: IO[bytes], **options: Any) -> Any:
 
 
 def read_tensors(path: Path) -> StateDict:
-    """All tensors of a .safetensors file, or of the state dict in a pickle ("state_dict", "ema", "model", "vae")."""
+    """All tensors of a .safetensors file, or of the state dict in a pickle ("state_dict", "vae", "ema" or "model")."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read as safetensors ({error}).") from error
     content = read_pickle(path)
-    for key in ("state_dict", "ema", "model", "vae"):
+    for key in ("state_dict", "vae", "ema", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
             break
@@ -288,7 +293,9 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
         return "open_magvit2" if tensors["encoder.conv_out.weight"].shape[0] in (14, 18) else "wetok"
     if any(k.startswith("quantize.quant_resi.") for k in tensors):
         return "var"
-    if "decoder.conv_in.conv.weight" in tensors:
+    plain = "encoder.down.0.block.0.conv1.weight" in tensors and not any(
+        k.startswith(("quant_conv.", "quantize.embedding.", "encoder.mid.attn_1.")) for k in tensors)
+    if "decoder.conv_in.conv.weight" in tensors or plain:  # convolutions in wrappers, or bare as in older files
         return "infinity"
     if "quantize.embedding.weight" in tensors and "encoder.down.0.block.0.conv1.weight" in tensors:
         return "ibq" if any(k.startswith("model_ema.") for k in tensors) else "vqgan"

@@ -53,6 +53,23 @@ _MODULE_OF = {
     "MultiScaleResidualQuantizer": "vtc.tokenizers.multi_scale_residual",
     "ProductQuantizer": "vtc.tokenizers.product_quantizer",
     "ResidualQuantizer": "vtc.tokenizers.residual_quantizer",
+    # networks, checkpoints and what they train with
+    "BlurPatchGAN": "vtc.tokenizers.discriminators",
+    "DiffusersAutoencoder": "vtc.tokenizers.diffusers_adapters",
+    "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
+    "IBQ": "vtc.tokenizers.ibq",
+    "import_checkpoint": "vtc.tokenizers.upstream",
+    "InfinityVAE": "vtc.tokenizers.infinity_vae",
+    "LeCAM": "vtc.tokenizers.losses",
+    "LlamaGenVQ": "vtc.tokenizers.llamagen_vq",
+    "load_checkpoint": "vtc.tokenizers.upstream",
+    "OpenMAGVIT2": "vtc.tokenizers.open_magvit2",
+    "PatchGAN": "vtc.tokenizers.discriminators",
+    "ScaleConsistentVAE": "vtc.tokenizers.scale_consistent_vae",
+    "SpectralDiscriminator": "vtc.tokenizers.discriminators",
+    "VARVQVAE": "vtc.tokenizers.var_vqvae",
+    "VQGAN": "vtc.tokenizers.vqgan",
+    "WeTok": "vtc.tokenizers.wetok",
     # codecs
     "TokenCodec": "vtc.codecs.token_codec",
 }
@@ -76,18 +93,34 @@ if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokens as Tokens
     from vtc.tokenizers.binary_spherical import BinarySphericalQuantizer as BinarySphericalQuantizer
     from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
+    from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder as DiffusersAutoencoder
+    from vtc.tokenizers.diffusers_adapters import DiffusersVQ as DiffusersVQ
+    from vtc.tokenizers.discriminators import BlurPatchGAN as BlurPatchGAN
+    from vtc.tokenizers.discriminators import PatchGAN as PatchGAN
+    from vtc.tokenizers.discriminators import SpectralDiscriminator as SpectralDiscriminator
     from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from vtc.tokenizers.ibq import IBQ as IBQ
     from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
+    from vtc.tokenizers.infinity_vae import InfinityVAE as InfinityVAE
+    from vtc.tokenizers.llamagen_vq import LlamaGenVQ as LlamaGenVQ
     from vtc.tokenizers.local_vq import LocalVQ as LocalVQ
     from vtc.tokenizers.lookup_free import LFQ as LFQ
     from vtc.tokenizers.lookup_free import GroupLFQ as GroupLFQ
+    from vtc.tokenizers.losses import LeCAM as LeCAM
     from vtc.tokenizers.lpips import LPIPS as LPIPS
     from vtc.tokenizers.multi_scale_binary import MultiScaleBinaryQuantizer as MultiScaleBinaryQuantizer
     from vtc.tokenizers.multi_scale_residual import MultiScaleResidualQuantizer as MultiScaleResidualQuantizer
+    from vtc.tokenizers.open_magvit2 import OpenMAGVIT2 as OpenMAGVIT2
     from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
     from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
+    from vtc.tokenizers.scale_consistent_vae import ScaleConsistentVAE as ScaleConsistentVAE
+    from vtc.tokenizers.upstream import import_checkpoint as import_checkpoint
+    from vtc.tokenizers.upstream import load_checkpoint as load_checkpoint
+    from vtc.tokenizers.var_vqvae import VARVQVAE as VARVQVAE
     from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer as GradientVectorQuantizer
     from vtc.tokenizers.vector_quantizer import VectorQuantizer as VectorQuantizer
+    from vtc.tokenizers.vqgan import VQGAN as VQGAN
+    from vtc.tokenizers.wetok import WeTok as WeTok
 else:
 
     def __getattr__(name: str) -> Any:
