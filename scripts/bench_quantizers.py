@@ -172,7 +172,7 @@ def measure(case: str, implementation: str, batch: int, side: int, repeats: int)
     forward_backward(step, z)
     growth = peak_bytes() - before
     times: list[float] = []
-    while len(times) < repeats and (len(times) < 3 or sum(times) < 5):
+    while len(times) < repeats and sum(times) < 5:
         started = time.process_time()
         forward_backward(step, z)
         times.append(time.process_time() - started)

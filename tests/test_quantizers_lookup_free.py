@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -267,31 +265,3 @@ def test_wrong_latents_and_impossible_histograms_are_refused():
     with pytest.raises(ConfigError, match="split the bits"):
         LFQ(32)(torch.zeros(1, 32, 2, 2))
     assert LFQ(32).eval()(torch.zeros(1, 32, 2, 2)).indices.shape == (1, 2, 2, 1)
-
-
-def _halves(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    z = torch.load(f"{folder}/z.pt")[rank : rank + 1].requires_grad_()
-    loss = GroupLFQ(2, 4)(z).loss
-    loss.backward()
-    torch.save((loss.detach(), z.grad), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_give_the_loss_and_gradient_of_one(tmp_path):
-    torch.manual_seed(0)
-    z = torch.randn(2, 8, 3, 3).mul_(0.01)
-    torch.save(z, tmp_path / "z.pt")
-    mp.spawn(_halves, (str(tmp_path),), nprocs=2)
-    z.requires_grad_()
-    quantizer = GroupLFQ(2, 4)
-    quantizer(z).loss.backward()
-    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    first, second = (quantizer.loss_terms(z[i : i + 1])["codebook_entropy"] for i in range(2))
-    assert not torch.isclose(first, second, rtol=1e-3)  # else the test would show nothing
-    # The histogram is common; sample entropy and commitment are each process's own: their mean is the whole's.
-    torch.testing.assert_close(sum(loss for loss, _ in halves) / 2, quantizer(z).loss, rtol=1e-5, atol=1e-7)
-    # Averaging gradients over processes, as DistributedDataParallel does for weights, halves each sample's share.
-    assert z.grad is not None
-    torch.testing.assert_close(torch.cat([grad for _, grad in halves]) / 2, z.grad, rtol=1e-4, atol=1e-7)
