@@ -16,7 +16,7 @@ PACKAGES = ("vtc", "torch", "numpy", "pillow", "pillow-jxl-plugin", "torchmetric
 def provenance() -> dict[str, object]:
     """Versions, processor, threads, and the command: what a result file records besides its own settings.
 
-    Paths are given as they stand on the command line; the home folder is not spelled out otherwise.
+    Absolute paths on the command line are cut down to their last part: where a user keeps things is nobody's business.
     """
     import torch
 
@@ -26,7 +26,8 @@ def provenance() -> dict[str, object]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "python": platform.python_version(),
+    command = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv]
+    return {"command": command, "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}", "processor": processor(),
             "processors": os.cpu_count(), "threads": torch.get_num_threads(), "packages": versions}
 

@@ -36,7 +36,8 @@ def band_energies(x: Tensor, levels: int = 1) -> dict[str, float]:
         raise ImageError(f"Bands are taken of (B, C, H, W), not {tuple(x.shape)}.")
     if levels < 1:
         raise ConfigError(f"A wavelet transform has at least one level, not {levels}.")
-    energies, low = {}, x.double()
+    energies: dict[str, float] = {}
+    low = x.double()
     for level in range(1, levels + 1):
         low, *details = haar_bands(low)
         energies |= {f"level{level}_{name}": float(band.square().sum())

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_within
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, ImageError, ModelError, VtcError
+from vtc.errors import ConfigError, FileError, ImageError, ModelError, VtcError
 from vtc.eval.bits import bits_per_pixel
 from vtc.eval.codebook import CodebookUsageMetric
 from vtc.eval.lattice import LatticeRatio
@@ -150,8 +150,8 @@ def evaluate(args: argparse.Namespace) -> None:
         try:
             original = load_image(file).pixels
             results = list(one_image(file.name, original, codec, codebook, judge, peers, args.downsample, best_by))
-        except ImageError as error:
-            failures.append(str(error))
+        except (ImageError, FileError) as error:
+            failures.append(str(error).replace(str(file), file.name))
             continue
         for row, decoded in results:
             rows.append(row)
@@ -165,7 +165,8 @@ def evaluate(args: argparse.Namespace) -> None:
     if not rows:
         raise ImageError(f"No picture in {args.images} could be measured: {failures[0]}")
 
-    settings = {"images": args.images.name, "num_images": len(files) - len(failures), "lpips": lpips_note,
+    settings = {"images": args.images.name, "num_images": len(files) - len(failures),
+                "lpips": lpips_note if lpips else "not measured, no weights",
                 "peers": {"codecs": peers, "unavailable": sorted(set(args.compare) - set(peers)),
                           "downsample": args.downsample, "best_by": best_by,
                           "budget": "image by image, at most our bytes"},

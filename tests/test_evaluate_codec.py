@@ -93,6 +93,7 @@ def test_a_bad_picture_does_not_stop_the_others(folders, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["image"] for row in report["rows"]] == ["b.png"]
     assert report["settings"]["num_images"] == 1
+    assert str(tmp_path) not in json.dumps(report)  # nobody's folders go into a result
 
 
 @pytest.mark.parametrize(("more", "message"), [
