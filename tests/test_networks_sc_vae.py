@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from tests.fixtures import Fixture, diffusers_case
 from tests.shared import needs_shared
 from vtc.errors import ConfigError
 from vtc.tokenizers.scale_consistent_vae import AutoencoderKL, ScaleConsistentVAE, doubled_conv
+
+#: the published form of the head
+partitioned = import_module("scripts.bench_sc_vae_head").partitioned
 
 FIXTURES = needs_shared("fixtures", "scvae")
 #: of the fixture's JSON
@@ -65,21 +69,6 @@ def test_stride_one_is_diffusers_autoencoder(name):
     model.enable_tiling()
     torch.testing.assert_close(model.encode(fixture["x"]).latent_dist.mode(), fixture["z_tiled"], **TOLERANCE)
     torch.testing.assert_close(model.decode(fixture["z"]).sample, fixture["y_tiled"], **TOLERANCE)
-
-
-def partitioned(features, weight, bias):
-    """The published form: quadrants with a halo of one, doubled, convolved, cropped from 1, stitched."""
-    _, _, h, w = features.shape
-    padded = F.pad(features, (1, 1, 1, 1))
-    rows = []
-    for top in (0, h // 2):
-        row = []
-        for left in (0, w // 2):
-            part = padded[:, :, top : top + h // 2 + 2, left : left + w // 2 + 2]
-            part = F.conv2d(F.interpolate(part, scale_factor=2.0), weight, bias, padding=1)
-            row.append(part[:, :, 1 : 1 + h, 1 : 1 + w])
-        rows.append(torch.cat(row, 3))
-    return torch.cat(rows, 2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(4, 6), (2, 2), (8, 10)])
