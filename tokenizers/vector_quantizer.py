@@ -17,6 +17,9 @@ from vtc.tokenizers.codeword_entropy import codeword_entropies
 from vtc.tokenizers.ranks import from_first_rank, sum_over_ranks
 from vtc.tokenizers.straight_through import straight_through
 
+#: distances held at a time; 64 MiB of float32
+MAX_DISTANCES = 1 << 24
+
 
 def nearest_codeword(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
     """Index of the nearest row of `codebook` (K, d), in squared L2, for each row of `z` (N, d); lowest index on ties.
@@ -26,7 +29,8 @@ def nearest_codeword(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
     """
     with torch.autocast(z.device.type, enabled=False):
         half_norms = 0.5 * codebook.pow(2).sum(1)
-        return torch.cat([(half_norms - part @ codebook.T).argmin(1) for part in z.split(chunk)])
+        rows = max(1, min(chunk, MAX_DISTANCES // len(codebook)))
+        return torch.cat([(part @ codebook.T).neg_().add_(half_norms).argmin(1) for part in z.split(rows)])
 
 
 @torch.no_grad()
