@@ -21,6 +21,8 @@ from vtc.tokenizers.lpips import LPIPS, Backbone
 #: the weights of FID in PyTorch: the file's name ends in the first digits of its SHA-256
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                 "weights-inception-2015-12-05-6726825d.pth")
 
 
 class PooledFeatures(nn.Module):
@@ -217,6 +219,7 @@ class Inception(nn.Module):
         "torch-fidelity": levels truncated to 8 bits, TensorFlow 1's bilinear, then (v - 128) / 128.
         "clean-fid": the protocol has resized to 299x299 already, (v - 128) / 128.
     allow_other_weights: accept a file of another hash; the name then says so, and the result is not called FID.
+    download: fetch the file (91 MB, hash checked) where it is found nowhere.
 
     Raises ModelError where there is no such file: FID over other weights is not FID.
     """
@@ -225,12 +228,12 @@ class Inception(nn.Module):
 
     def __init__(self, weights: str | os.PathLike[str] | None = None,
                  convention: Literal["pytorch-fid", "torch-fidelity", "clean-fid"] = "pytorch-fid",
-                 allow_other_weights: bool = False) -> None:
+                 allow_other_weights: bool = False, download: bool = False) -> None:
         super().__init__()
         if convention not in ("pytorch-fid", "torch-fidelity", "clean-fid"):
             raise ConfigError("Inception's conventions are pytorch-fid, torch-fidelity and clean-fid, "
                               f"not {convention!r}.")
-        path = _inception_file(weights)
+        path = _inception_file(weights, download)
         self.sha256 = sha256(path)
         genuine = self.sha256.startswith(INCEPTION_SHA256_PREFIX)
         if not genuine and not allow_other_weights:
@@ -261,16 +264,24 @@ class Inception(nn.Module):
         return self.network(2 * F.interpolate(x, (299, 299), mode="bilinear", align_corners=False) - 1)
 
 
-def _inception_file(weights: str | os.PathLike[str] | None) -> Path:
+def _inception_file(weights: str | os.PathLike[str] | None, download: bool) -> Path:
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
     if weights is not None:
         path = Path(weights)
         places = [path] if path.is_file() else [path / name for name in INCEPTION_FILES]
     else:
-        hub = Path(torch.hub.get_dir()) / "checkpoints"
         folders = [Path(os.environ["VTC_FID_WEIGHTS"])] if "VTC_FID_WEIGHTS" in os.environ else []
         places = [folder / name for folder in (*folders, hub) for name in INCEPTION_FILES]
     for place in places:
         if place.is_file():
             return place
+    if download:
+        try:
+            hub.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION_URL, str(hub / INCEPTION_FILES[0]), INCEPTION_SHA256_PREFIX,
+                                           progress=False)
+            return hub / INCEPTION_FILES[0]
+        except (OSError, RuntimeError) as error:  # no network, or a hash that is not the file's
+            raise ModelError(f"{INCEPTION_FILES[0]} could not be downloaded from {INCEPTION_URL}: {error}.") from error
     raise ModelError(f"FID needs Inception's weights, {INCEPTION_FILES[0]} (SHA-256 {INCEPTION_SHA256_PREFIX}...): "
-                     "give its path or set VTC_FID_WEIGHTS to its folder; torch-fidelity publishes the file on GitHub.")
+                     "give its path, set VTC_FID_WEIGHTS to its folder, or allow the download.")

@@ -195,6 +195,12 @@ def test_fid_without_the_right_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ModelError, match=r"weights-inception-2015-12-05-6726825d\.pth"):
         Inception()
+    def unreachable(url, *rest, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(ModelError, match=r"6726825d\.pth could not be downloaded"):
+        Inception(download=True)
     torch.save({}, tmp_path / "other.pth")
     with pytest.raises(ModelError, match="not FID's Inception"):
         Inception(tmp_path / "other.pth")

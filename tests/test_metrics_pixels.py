@@ -77,7 +77,7 @@ def test_ssim_equals_scikit_image(height, width):
         assert structural_similarity(preds, target)[i].item() == pytest.approx(inside, abs=1e-9)
 
 
-@pytest.mark.parametrize(("height", "width"), [(161, 176), (187, 333)])
+@pytest.mark.parametrize(("height", "width"), [(161, 176), (163, 167)])
 def test_ms_ssim_equals_pytorch_msssim(height, width):
     pytorch_msssim = pytest.importorskip("pytorch_msssim")
     preds, target = noisy_pair(height, width)

@@ -38,8 +38,8 @@ def test_dists_equals_torchmetrics(vgg, monkeypatch):
     vgg16.features = nn.Sequential(*features, nn.MaxPool2d(2))
     monkeypatch.setattr(theirs, "vgg16", lambda weights: vgg16)
     generator = torch.Generator().manual_seed(0)
-    a = torch.rand(2, 3, 48, 40, generator=generator)
-    b = (a + 0.2 * torch.rand(2, 3, 48, 40, generator=generator)).clamp(0, 1)
+    a = torch.rand(1, 3, 32, 24, generator=generator)
+    b = (a + 0.2 * torch.rand(1, 3, 32, 24, generator=generator)).clamp(0, 1)
     expected = theirs.DISTSNetwork()(a, b)
     torch.testing.assert_close(DISTS(vgg)(a, b), expected, atol=2e-6, rtol=1e-4)
     metric = DeepImageStructureAndTextureSimilarity(vgg)
@@ -69,12 +69,12 @@ def test_patches_are_two_grids():
 @needs_shared("weights", "squeezenet1_1_features.safetensors")
 def test_patch_distance_is_the_distance_of_the_patches():
     network = PooledFeatures("squeeze", SHARED / "weights")
-    real = torch.rand(1, 3, 128, 192, generator=torch.Generator().manual_seed(0))
+    real = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     fake = real.square()
-    metric = PatchFrechetDistance(network, size=64, batch_size=3)
+    metric = PatchFrechetDistance(network, size=32, batch_size=3)
     metric.update(real, real=True)
     metric.update(fake, real=False)
-    expected = frechet_distance(*(feature_statistics(network(patches(x, 64))) for x in (real, fake)))
+    expected = frechet_distance(*(feature_statistics(network(patches(x, 32))) for x in (real, fake)))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
     assert metric.metric_name == "patch_fd_squeezenet1_1_features_pool"
 
