@@ -11,7 +11,7 @@ from tests.quantizer_checks import assert_codes, assert_grad, assert_loss, fixtu
 from tests.shared import needs_shared
 from vtc.errors import ConfigError
 from vtc.tokenizers.codeword_entropy import codeword_entropies
-from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer, VectorQuantizer, kmeans, nearest_codeword
+from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer, VectorQuantizer, nearest_codeword
 
 
 @needs_shared("fixtures")
@@ -201,13 +201,6 @@ def test_start_from_finds_the_clusters(kind):
     quantizer = kind(3, 2)
     quantizer.start_from(points, generator)
     assert torch.cdist(centres, quantizer.codewords).amin(1).max() < 0.05
-
-
-def test_kmeans_of_fewer_points_than_clusters_gives_points():
-    points = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    centres = kmeans(points, 5, generator=torch.Generator().manual_seed(0))
-    assert centres.shape == (5, 2)
-    assert torch.cdist(centres, points).amin(1).max() == 0
 
 
 def test_only_the_codebook_is_saved():

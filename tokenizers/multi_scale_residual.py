@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
+from vtc.tokenizers.kmeans import kmeans
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer, Scale, resize_area
 from vtc.tokenizers.straight_through import straight_through
-from vtc.tokenizers.vector_quantizer import kmeans, nearest_codeword
+from vtc.tokenizers.vector_quantizer import nearest_codeword
 
 #: sides of the square grids of VAR at 256 px: 680 tokens
 VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -121,4 +122,5 @@ class MultiScaleResidualQuantizer(MultiScaleQuantizer):
     @torch.no_grad()
     def start_from(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the codebook to the K-means centres of (N, d) vectors, such as latents and their area means."""
-        self.codebook.copy_(kmeans(latents.float(), self.codebook_size, generator=generator))
+        found = kmeans(latents.float(), self.codebook_size, start="random", iterations=10, generator=generator)
+        self.codebook.copy_(found.centres)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.codeword_entropy import codeword_entropies
+from vtc.tokenizers.kmeans import kmeans
 from vtc.tokenizers.ranks import from_first_rank, sum_over_ranks
 from vtc.tokenizers.straight_through import straight_through
 
@@ -31,22 +32,6 @@ def nearest_codeword(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
         half_norms = 0.5 * codebook.pow(2).sum(1)
         rows = max(1, min(chunk, MAX_DISTANCES // len(codebook)))
         return torch.cat([(part @ codebook.T).neg_().add_(half_norms).argmin(1) for part in z.split(rows)])
-
-
-@torch.no_grad()
-def kmeans(points: Tensor, clusters: int, iterations: int = 10, generator: torch.Generator | None = None) -> Tensor:
-    """Lloyd's algorithm: (N, d) points to (clusters, d) centres; an empty cluster restarts at a random point."""
-    pick = torch.randperm(len(points), generator=generator)[:clusters]
-    if len(pick) < clusters:
-        pick = torch.randint(len(points), (clusters,), generator=generator)
-    centres = points[pick].clone()
-    for _ in range(iterations):
-        labels = nearest_codeword(points, centres)
-        counts = torch.bincount(labels, minlength=clusters).to(points)
-        sums = torch.zeros_like(centres).index_add_(0, labels, points)
-        again = torch.randint(len(points), (clusters,), generator=generator)
-        centres = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], points[again])
-    return centres
 
 
 class NearestCodeword(nn.Module):
@@ -83,7 +68,7 @@ class NearestCodeword(nn.Module):
         """Set the codebook to the K-means centres of (N, d) latents."""
         latents = latents.float()
         centres = kmeans(F.normalize(latents, dim=1) if self.normalize else latents, self.codebook_size,
-                         generator=generator)
+                         start="random", iterations=10, generator=generator).centres
         self._set_codebook(F.normalize(centres, dim=1) if self.normalize else centres)
 
     @torch.no_grad()
