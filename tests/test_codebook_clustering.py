@@ -1,14 +1,20 @@
-"""K-means against the plain algorithm in float64, and families of codebooks."""
+"""K-means against the plain algorithm in float64, families of codebooks, and fine-tuning of one."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vtc.errors import ConfigError
+from vtc.errors import ConfigError, FileError, ModelError
 from vtc.tokenizers import kmeans as kmeans_module
+from vtc.tokenizers.codebook_clustering import FORMAT, CodebookFamily, _merged, cluster_codebook, with_codebook
+from vtc.tokenizers.codebook_finetuning import CodebookFinetuning
+from vtc.tokenizers.discriminators import PatchGAN
 from vtc.tokenizers.kmeans import kmeans, plus_plus, rows_equal_to
+from vtc.tokenizers.local_vq import LocalVQ
+from vtc.tokenizers.vqgan import VQGAN
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -155,3 +161,133 @@ def test_what_cannot_be_clustered_is_refused():
                  lambda: kmeans(points, 2, start="middle"), lambda: kmeans(points, 2, iterations=0)):
         with pytest.raises(ConfigError):
             call()
+
+
+def small_vqgan() -> VQGAN:
+    torch.manual_seed(0)
+    return VQGAN(codebook_size=64, embed_dim=8, channels=32, channel_multipliers=(1, 1), num_res_blocks=1,
+                 z_channels=16, attention_levels=()).eval()
+
+
+def test_a_family_survives_its_file(tmp_path):
+    codebook = random(200, 6)
+    family = cluster_codebook(codebook, (4, 32, 100))
+    family.save(tmp_path / "family.safetensors")
+    loaded = CodebookFamily.load(tmp_path / "family.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["family.safetensors"]
+    assert loaded.sizes == family.sizes == (4, 32, 100)
+    assert loaded.base == family.base and loaded.inertia == family.inertia
+    for size in family.sizes:
+        assert torch.equal(loaded.codebooks[size], family.codebooks[size])
+        assert torch.equal(loaded.maps[size], family.maps[size])
+        # the map is the nearest new word, each new word has an old one, and is the mean of its old ones
+        nearest = torch.cdist(codebook.double(), loaded.codebooks[size].double()).argmin(1)
+        assert torch.equal(loaded.maps[size], nearest) and len(nearest.unique()) == size
+        means = torch.stack([codebook[nearest == n].mean(0) for n in range(size)])
+        torch.testing.assert_close(loaded.codebooks[size], means, rtol=1e-5, atol=1e-5)
+    assert family.inertia[4] > family.inertia[32] > family.inertia[100]
+    alone = cluster_codebook(codebook, (32,))
+    assert torch.equal(alone.codebooks[32], family.codebooks[32])
+
+
+def test_unused_words_attract_no_centre():
+    codebook = torch.cat([random(20, 4), 50 + random(20, 4, seed=1)])
+    usage = torch.tensor([3.0] * 20 + [0.0] * 20)
+    assert cluster_codebook(codebook, (5,), usage).codebooks[5].abs().max() < 10
+    assert cluster_codebook(codebook, (5,)).codebooks[5].max() > 40
+
+
+def test_files_that_are_no_family_are_refused(tmp_path):
+    with pytest.raises(FileError):
+        CodebookFamily.load(tmp_path / "none")
+    (tmp_path / "text").write_text("not safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other")
+    save_file({"codebook.2": torch.zeros(2, 2)}, tmp_path / "half",
+              {"format": FORMAT, "base": "", "inertia": '{"2": 0.0}'})
+    save_file({"codebook.2": torch.zeros(2, 2), "map.2": torch.tensor([0, 2])}, tmp_path / "beyond",
+              {"format": FORMAT, "base": "", "inertia": '{"2": 0.0}'})
+    for name in ("text", "other", "half", "beyond"):
+        with pytest.raises(ModelError, match=name):
+            CodebookFamily.load(tmp_path / name)
+    with pytest.raises(ConfigError):
+        cluster_codebook(random(20, 2), (21,))
+
+
+def test_a_tokenizer_with_a_smaller_codebook(tmp_path):
+    model = small_vqgan()
+    model.token_frequencies = torch.full((1, 64), 16, dtype=torch.int32)
+    family = cluster_codebook(model.quantizer.codebook, (8,))
+    small = with_codebook(model, family.codebooks[8], family.maps[8])
+    images = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    tokens = small.encode(images)
+    assert tokens.layout.vocab == (8,) and tokens.indices.max() < 8
+    assert small.bits_per_pixel(16, 24) == pytest.approx(3 / 4)  # log2 8 bits for 2 x 2 pixels
+    expected = small.quantizer.codebook[torch.cdist(model.latents(images).movedim(1, -1).reshape(-1, 8),
+                                                    family.codebooks[8]).argmin(1)]
+    torch.testing.assert_close(small.codes(tokens).movedim(1, -1).reshape(-1, 8), expected)
+    counts = torch.bincount(family.maps[8], minlength=8)
+    assert small.token_frequencies.tolist() == (16 * counts)[None].tolist()
+    assert model.quantizer.codebook.shape == (64, 8)  # the model itself is as it was
+    for name, tensor in small.state_dict().items():
+        if name not in ("quantizer.codebook", "token_frequencies"):
+            assert torch.equal(tensor, model.state_dict()[name]), name
+    without_tables = with_codebook(small_vqgan(), family.codebooks[8])
+    without_tables.save_pretrained(tmp_path)
+    assert VQGAN.from_pretrained(tmp_path).quantizer.codebook_size == 8
+    with pytest.raises(ConfigError, match="map"):
+        with_codebook(model, family.codebooks[8], family.maps[8] + 1)
+    with pytest.raises(ConfigError, match="codebook"):
+        with_codebook(model, random(8, 5))
+
+
+def test_merged_tables_keep_every_word_codable():
+    tables = torch.tensor([[4, 2, 1, 1]], dtype=torch.int32)
+    assert _merged(tables, torch.tensor([0, 0, 1, 1]), 3).tolist() == [[5, 2, 1]]
+
+
+def test_finetuning_trains_codebook_and_convolutions_only():
+    model = small_vqgan()
+    family = cluster_codebook(model.quantizer.codebook, (8,))
+    small = with_codebook(model, family.codebooks[8] * 20, family.maps[8])
+    tuning = CodebookFinetuning(small, lambda a, b: (a - b).square().mean((1, 2, 3)),
+                                PatchGAN(channels=8, num_layers=1, norm="none"))
+    assert small.quantizer.training and not small.encoder.training and not small.decoder.training
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    optimizer = torch.optim.Adam(tuning.trained_parameters(), lr=1e-2, betas=(0.5, 0.9))
+    other = torch.optim.Adam(tuning.discriminator.parameters(), lr=1e-4, betas=(0.5, 0.9))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    history = []
+    for step in range(30):
+        out = tuning.generator_step(images, adversarial=step >= 25)
+        optimizer.zero_grad()
+        out["loss"].backward()
+        assert all(p.grad is None for p in small.decoder.parameters())
+        optimizer.step()
+        terms = tuning.discriminator_step(images, out["output"])
+        other.zero_grad()
+        terms["loss"].backward()
+        assert all(p.grad is not None for p in tuning.discriminator.parameters())
+        other.step()
+        history.append(out["pixel"].item())
+    assert history[24] < history[0] and out["adaptive_weight"] > 0
+    changed = {name for name, tensor in small.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"quantizer.codebook", "quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight",
+                       "post_quant_conv.bias"}
+    assert tuning(images).shape == images.shape
+    tuning.eval()
+    assert not small.quantizer.training
+
+
+def test_finetuning_of_other_networks_names_what_trains():
+    model = LocalVQ(16, 4, (8, 8, 8), (1, 1, 1), (8, 8, 8, 8), (1, 1, 1, 1), 4)
+    with pytest.raises(ConfigError, match="quant_conv"):
+        CodebookFinetuning(model)
+    tuning = CodebookFinetuning(model, trained=("quantizer.", "encoder.head.", "decoder.stem."),
+                                balance="decoder.stem.weight")
+    terms = tuning.generator_step(torch.rand(1, 3, 32, 32))
+    terms["loss"].backward()
+    assert model.encoder.head.weight.grad is not None and model.encoder.stem.weight.grad is None
+    with pytest.raises(ConfigError, match="discriminator"):
+        tuning.discriminator_step(terms["output"], terms["output"])
+    with pytest.raises(ConfigError, match="balance"):
+        CodebookFinetuning(model, trained=("quantizer.",), balance="decoder.stem.weight")

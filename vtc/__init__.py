@@ -34,6 +34,8 @@ _MODULE_OF = {
     "save_image": "vtc.images",
     "load_tokenizer": "vtc.models",
     # tokenizers
+    "CodebookFamily": "vtc.tokenizers.codebook_clustering",
+    "CodebookFinetuning": "vtc.tokenizers.codebook_finetuning",
     "LPIPS": "vtc.tokenizers.lpips",
     "LocalVQ": "vtc.tokenizers.local_vq",
     "Quantized": "vtc.tokenizers.base",
@@ -41,6 +43,11 @@ _MODULE_OF = {
     "Tokenizer": "vtc.tokenizers.base",
     "Tokens": "vtc.tokenizers.base",
     "VectorQuantizer": "vtc.tokenizers.vector_quantizer",
+    "WaveletLoss": "vtc.tokenizers.wavelet_loss",
+    "WaveletTransform": "vtc.tokenizers.wavelets",
+    "cluster_codebook": "vtc.tokenizers.codebook_clustering",
+    "kmeans": "vtc.tokenizers.kmeans",
+    "with_codebook": "vtc.tokenizers.codebook_clustering",
     # quantizers
     "BinarySphericalQuantizer": "vtc.tokenizers.binary_spherical",
     "CodebookStatistics": "vtc.tokenizers.codebook_stats",
@@ -92,6 +99,10 @@ if TYPE_CHECKING:
     from vtc.tokenizers.base import TokenLayout as TokenLayout
     from vtc.tokenizers.base import Tokens as Tokens
     from vtc.tokenizers.binary_spherical import BinarySphericalQuantizer as BinarySphericalQuantizer
+    from vtc.tokenizers.codebook_clustering import CodebookFamily as CodebookFamily
+    from vtc.tokenizers.codebook_clustering import cluster_codebook as cluster_codebook
+    from vtc.tokenizers.codebook_clustering import with_codebook as with_codebook
+    from vtc.tokenizers.codebook_finetuning import CodebookFinetuning as CodebookFinetuning
     from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
     from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder as DiffusersAutoencoder
     from vtc.tokenizers.diffusers_adapters import DiffusersVQ as DiffusersVQ
@@ -102,6 +113,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.ibq import IBQ as IBQ
     from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
     from vtc.tokenizers.infinity_vae import InfinityVAE as InfinityVAE
+    from vtc.tokenizers.kmeans import kmeans as kmeans
     from vtc.tokenizers.llamagen_vq import LlamaGenVQ as LlamaGenVQ
     from vtc.tokenizers.local_vq import LocalVQ as LocalVQ
     from vtc.tokenizers.lookup_free import LFQ as LFQ
@@ -120,6 +132,8 @@ if TYPE_CHECKING:
     from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer as GradientVectorQuantizer
     from vtc.tokenizers.vector_quantizer import VectorQuantizer as VectorQuantizer
     from vtc.tokenizers.vqgan import VQGAN as VQGAN
+    from vtc.tokenizers.wavelet_loss import WaveletLoss as WaveletLoss
+    from vtc.tokenizers.wavelets import WaveletTransform as WaveletTransform
     from vtc.tokenizers.wetok import WeTok as WeTok
 else:
 
