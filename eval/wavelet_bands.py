@@ -7,11 +7,11 @@ weights the loss of that paper is plain MSE, and this table shows what its bands
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtc.errors import ConfigError, ImageError
 from vtc.eval.metric import Metric
+from vtc.tokenizers.wavelets import WaveletTransform
 
 DETAILS = ("horizontal", "vertical", "diagonal")
 
@@ -21,9 +21,9 @@ def haar_bands(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     PyWavelets' `dwt2(x, "haar", mode="zero")`: an odd side is continued by zeros.
     """
-    x = F.pad(x, (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))
-    a, b, c, d = x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
-    return (a + b + c + d) / 2, (a + b - c - d) / 2, (a - b + c - d) / 2, (a - b - c + d) / 2
+    low, (details,) = WaveletTransform("haar", 1, "zero")(x)
+    horizontal, vertical, diagonal = details.unbind(-3)
+    return low, horizontal, vertical, diagonal
 
 
 def band_energies(x: Tensor, levels: int = 1) -> dict[str, float]:
