@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from PIL import Image
 
+from vtc.tokenizers.codebook_clustering import cluster_codebook, with_codebook
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.training.data import image_files
@@ -33,10 +34,21 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpointing_steps", type=int, default=500)
     parser.add_argument("--validation_steps", type=int, default=1000)
     parser.add_argument("--resume_from_checkpoint", choices=("latest",))
-    parser.add_argument("--codebook_size", type=int, default=3072)
+    parser.add_argument("--codebook_size", type=int, default=2560)
+    parser.add_argument("--init_from", help="a finished model to start from; a larger codebook of its is clustered, "
+                                            "by K-means weighted with its token frequencies, to --codebook_size")
     for field in dataclasses.fields(TokenizerRecipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args()
+
+
+def started_from(name_or_path: str, codebook_size: int) -> LocalVQ:
+    """A finished model with a codebook of `codebook_size` words, ready to be trained on."""
+    model = LocalVQ.from_pretrained(name_or_path).train()
+    if codebook_size == model.quantizer.codebook_size:
+        return model
+    family = cluster_codebook(model.quantizer.codebook, [codebook_size], usage=model.token_frequencies[0].float())
+    return with_codebook(model, family.codebooks[codebook_size], family.maps[codebook_size])
 
 
 def main() -> None:
@@ -45,7 +57,7 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available())
     set_seed(recipe.seed)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    model = LocalVQ(codebook_size=args.codebook_size)
+    model = started_from(args.init_from, args.codebook_size) if args.init_from else LocalVQ(args.codebook_size)
     validation = [torch.from_numpy(np.array(Image.open(p).convert("RGB"))).permute(2, 0, 1).float() / 255
                   for p in (image_files(args.validation_data_dir) if args.validation_data_dir else [])]
     trainer = TokenizerTrainer(

@@ -97,6 +97,15 @@ def test_an_empty_cluster_takes_the_furthest_point(screened):
     assert torch.equal(found.centres[2], points[5])
 
 
+def test_a_centre_that_jumped_is_not_the_end(screened):
+    """The move to a far point counts against the tolerance: the points around it must still follow."""
+    far = torch.tensor([[9.0, 0.0], [9.0, 1.0], [9.0, -1.0]])
+    points = torch.cat([0.1 * random(50, 2), far])
+    start = torch.cat([points[:50].mean(0, keepdim=True), torch.full((1, 2), -90.0)])
+    found = kmeans(points, 2, start=start, tolerance=0.5)
+    assert found.labels.tolist() == [0] * 50 + [1] * 3
+
+
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(0, 10), st.sampled_from(["k-means++", "random"]))
 @settings(max_examples=60, deadline=None)
 def test_no_cluster_is_empty_while_there_are_points_enough(count, clusters, seed, start):

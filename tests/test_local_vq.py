@@ -103,6 +103,20 @@ def test_a_model_folder_that_does_not_fit_is_refused(tmp_path):
         LocalVQ.from_pretrained(tmp_path)
 
 
+def test_training_goes_on_from_a_loaded_codebook(tmp_path):
+    model = small()
+    images = torch.rand(2, 3, 64, 64)
+    model.save_pretrained(tmp_path)
+    again = LocalVQ.from_pretrained(tmp_path).train()
+    again(images)
+    used = model.encode(images).indices.unique()
+    unused = torch.ones(32, dtype=torch.bool)
+    unused[used] = False
+    moved = (again.quantizer.codebook - model.quantizer.codebook).norm(dim=1) / model.quantizer.codebook.norm(dim=1)
+    assert 0 < moved[used].max() < 0.5  # a moving average that started at the codebook takes small steps
+    assert moved[unused].max() < 1e-6
+
+
 def test_training_path_moves_the_codebook_and_gives_gradients():
     model = small().train()
     before = model.quantizer.codebook.clone()

@@ -29,10 +29,10 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_numbers_in_streams_never_change() -> None:
-    assert MODEL_IDS["localvq-f16-3072"] == 1
+    assert MODEL_IDS["localvq-f16-2560"] == 1
     assert DEFAULT_MODEL in MODEL_IDS
     assert 0 not in MODEL_IDS.values() and len(set(MODEL_IDS.values())) == len(MODEL_IDS)
-    assert name_of(1) == "localvq-f16-3072"
+    assert name_of(1) == "localvq-f16-2560"
     assert name_of(0) is None and name_of(2**31) is None
 
 
@@ -54,7 +54,7 @@ def test_a_bundled_name_is_not_looked_for_elsewhere(tmp_path: Path, monkeypatch:
 
 def test_no_download_where_it_is_not_allowed(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "hf_hub_download", pytest.fail)
-    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-3072, and"):
+    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-2560, and"):
         load_tokenizer("someone/something", allow_download=False)
 
 
@@ -81,7 +81,7 @@ def test_a_file_cannot_make_us_import(kind: object, bundled: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff\xfe"])
 def test_a_damaged_configuration_is_one_sentence(text: str, bundled: Path) -> None:
     (bundled / DEFAULT_MODEL / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelError, match="localvq-f16-3072"):
+    with pytest.raises(ModelError, match="localvq-f16-2560"):
         load_tokenizer()
 
 

@@ -10,7 +10,7 @@ centres have moved,
 
 and the labels are those of the plain algorithm (up to rounding between equals). A cluster that neither lost nor won a
 point does not move, so an iteration costs N x (moved centres) instead of N x K: most of a run is such iterations.
-Bounds need not be sharp, so where the hardware has bfloat16 they are computed in it, plus the largest possible error.
+Bounds need not be sharp, so where the hardware has bfloat16 they are computed in it, and raised by its error.
 Hamerly (2010) keeps the same two numbers a point; his bounds widen with every move by the triangle inequality, which
 says nothing in 256 dimensions, where one word more or less moves a centre further than words are apart.
 
@@ -116,14 +116,15 @@ class _Lloyd:
 
     def move_centres(self) -> float:
         """Every stale cluster's centre to the mean of its points; the sum of the squared moves."""
+        before = self.centres.clone()
         self._fill_empty_clusters()
         rows = self.stale[self.labels].nonzero()[:, 0]
         labels = self.labels[rows]
         mass = torch.zeros_like(self.centres[:, 0]).index_add_(0, labels, self.weights[rows])[:, None]
         sums = torch.zeros_like(self.centres).index_add_(0, labels, self.weighted[rows])
         means = torch.where(mass > 0, sums / torch.where(mass > 0, mass, 1), self.centres)
-        shifts = (means - self.centres).square().sum(1)
-        self.centres, self.moved = means, self.moved | (shifts > 0)
+        shifts = (means - before).square().sum(1)
+        self.centres, self.moved = means, shifts > 0
         self.half_norms = 0.5 * means.square().sum(1)
         return shifts.sum().item()
 
@@ -200,7 +201,7 @@ class _Lloyd:
                 members[donor] -= 1
                 taker = empty.pop()
                 self.labels[row], self.centres[taker] = taker, self.points[row]
-                self.stale[donor] = self.stale[taker] = self.moved[taker] = True
+                self.stale[donor] = self.stale[taker] = True
 
 
 class _Screen:
@@ -282,7 +283,7 @@ def rows_equal_to(points: Tensor, centres: Tensor) -> Tensor:
         parts = rows.contiguous().view(numbers).split(max(1, BLOCK // rows.shape[1]))
         return torch.cat([(part.long() * factors).sum(1) for part in parts])  # overflow wraps: exact modulo 2^64
 
-    ordered, order = hashes(centres).sort()
+    ordered, order = hashes(centres).sort(stable=True)  # of equal centres the first
     of_points = hashes(points)
     found = order[torch.searchsorted(ordered, of_points).clamp(max=len(centres) - 1)]
     rows = (hashes(centres)[found] == of_points).nonzero()[:, 0]
@@ -313,7 +314,7 @@ def plus_plus(points: Tensor, clusters: int, weights: Tensor, generator: torch.G
         if not missing:
             return chosen
         # A distance below the rounding of a square is that of a copy.
-        mass = torch.where(nearest > 1e-6 * norms.mean(), weights * nearest, 0)
+        mass = torch.where(nearest > 1e-6 * norms, weights * nearest, 0)
         if not mass.sum() > 0:  # every different point is a centre already
             return torch.cat([chosen, draw(weights, missing, generator).to(points.device)])
         fresh = _accepted(points, nearest, draw(mass, min(block, missing), generator).to(points.device), generator)

@@ -7,6 +7,8 @@ gradient, as taming's VQGAN, LlamaGen and TiTok do.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -134,6 +136,11 @@ class VectorQuantizer(NearestCodeword):
         super()._set_codebook(codebook)
         self.ema_counts.fill_(1.0)
         self.ema_sums.copy_(self.codebook)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # A loaded codebook brings no averages along: they start at it, or the next step of training would lose it.
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_codebook(self.codebook)
 
     @torch.no_grad()
     def _follow(self, latents: Tensor, indices: Tensor) -> None:

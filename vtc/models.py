@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
 #: 0 is every model that vtc does not ship.
-MODEL_IDS = {"localvq-f16-3072": 1}
-DEFAULT_MODEL = "localvq-f16-3072"
+MODEL_IDS = {"localvq-f16-2560": 1}
+DEFAULT_MODEL = "localvq-f16-2560"
 
 
 def name_of(model_id: int) -> str | None:
