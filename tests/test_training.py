@@ -1,5 +1,7 @@
 """The training loop: numbered crops, resuming to the bit, the recipe's learning rate."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
@@ -89,3 +91,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(photographs, tmp_p
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_finished_model_starts_the_next_with_a_smaller_codebook(tmp_path):
+    train_tokenizer = import_module("scripts.train_tokenizer")
+    model = LocalVQ(codebook_size=16, dim=4, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
+                    decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
+    model.token_frequencies = torch.tensor([[2**20 - 15 * 2**15] + 15 * [2**15]], dtype=torch.int32)
+    model.save_pretrained(tmp_path)
+    same = train_tokenizer.started_from(str(tmp_path), 16)
+    assert same.training and torch.equal(same.quantizer.codebook, model.quantizer.codebook.half().float())
+    smaller = train_tokenizer.started_from(str(tmp_path), 5)
+    assert smaller.training and smaller.quantizer.codebook.shape == (5, 4)
+    assert smaller.token_frequencies.sum() == 2**20
+    assert torch.equal(smaller.decoder.head.weight, same.decoder.head.weight)

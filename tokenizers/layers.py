@@ -42,8 +42,8 @@ class _Swish(torch.autograd.Function):
 def swish(x: Tensor) -> Tensor:
     """x sigmoid(x).
 
-    torch's silu differs in the last bit, and a sign or a nearest codeword may hang on that: with this form the latents
-    of the networks here equal those of the published code bit for bit (same torch, CPU).
+    torch's silu differs in the last bit, and a sign or a nearest codeword may hang on that: with this form
+    WeTok's and diffusers VQModel's latents equal those of the published code bit for bit (same torch, CPU).
     """
     return _Swish.apply(x) if x.requires_grad and torch.is_grad_enabled() else torch.sigmoid(x).mul_(x)
 
