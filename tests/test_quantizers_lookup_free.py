@@ -171,8 +171,8 @@ def test_wetok_group_quantization(name):
     spread = terms["per_sample_entropy"] - terms["codebook_entropy"]
     assert_loss(spread, tensors["entropy_aux_loss"])
     assert_grad(torch.autograd.grad(terms["commitment"], z, retain_graph=True)[0], tensors["grad_commitment"])
-    # The fixture's float32 softmax is itself up to 2.3e-6 from a float64 run of the same formula, so its 1e-7 cannot
-    # be met by any other arithmetic: 5e-6 instead, and the next test compares with the truth at 1e-12.
+    # The fixture's float32 softmax is itself up to 2.3e-6 from a float64 run of the same formula, so only its own order
+    # of operations meets its 1e-7 (compat="upstream", below): 5e-6 here, and a test compares with the truth at 1e-12.
     total = (out.z_q * tensors["cotangent"]).sum() + out.loss
     for loss, expected in ((spread, "grad_entropy_aux"), (total, "grad_total")):
         grad = torch.autograd.grad(loss, z)[0]
@@ -181,6 +181,47 @@ def test_wetok_group_quantization(name):
     out = quantizer(z)
     assert_codes(out.z_q, tensors["eval_quantized"])
     assert_loss(out.loss, tensors["eval_entropy_aux_loss"])
+
+
+@needs_shared("fixtures")
+@pytest.mark.parametrize("name", ["wetok_gq_g2_d4", "wetok_gq_g4_d8"])
+def test_wetok_step_to_the_fixtures_own_tolerance(name):
+    tensors, config = fixture(name)
+    quantizer = GroupLFQ(config["groups"], config["bits_per_group"], compat="upstream").train()
+    z = tensors["input"].requires_grad_()
+    terms, out = quantizer.loss_terms(z), quantizer(z)
+    for term in ("per_sample_entropy", "codebook_entropy", "commitment"):
+        assert_loss(terms[term], tensors[term])
+    spread = terms["per_sample_entropy"] - terms["codebook_entropy"]
+    assert_grad(torch.autograd.grad(spread, z)[0], tensors["grad_entropy_aux"])
+    total = (out.z_q * tensors["cotangent"]).sum() + out.loss
+    assert_grad(torch.autograd.grad(total, z)[0], tensors["grad_total"])
+
+
+@needs_shared("fixtures")
+def test_lucidrains_step_to_the_fixtures_own_tolerance():
+    tensors, _ = fixture("lucidrains_lfq_g4_d8")
+    quantizer = GroupLFQ(4, 8, codebook_entropy="per_group", guard="clamp", bit_order="msb_first", compat="upstream")
+    z = tensors["input"].requires_grad_()
+    out = quantizer.train()(z)
+    assert_loss(out.loss, tensors["aux_loss"])
+    assert_grad(torch.autograd.grad(out.loss, z)[0], tensors["grad_input"])
+
+
+@pytest.mark.parametrize("codebook_entropy", ["pooled", "per_group"])
+def test_the_published_form_and_the_closed_form_are_one(codebook_entropy):
+    torch.manual_seed(0)
+    z = (0.05 * torch.randn(2, 12, 3, 5, dtype=torch.float64)).requires_grad_()
+    values, grads = [], []
+    for compat in (None, "upstream"):
+        quantizer = GroupLFQ(3, 4, codebook_entropy=codebook_entropy, eps=1e-5, compat=compat)
+        loss = quantizer(z).loss
+        values.append(loss.detach())
+        grads.append(torch.autograd.grad(loss, z)[0])
+    torch.testing.assert_close(values[0], values[1], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-11)
+    with pytest.raises(ConfigError, match="compat"):
+        GroupLFQ(3, 4, compat="downstream")
 
 
 @needs_shared("fixtures")

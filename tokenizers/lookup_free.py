@@ -51,6 +51,9 @@ class GroupLFQ(nn.Module):
     bit_order: of the indices; "lsb_first" in WeTok and Open-MAGVIT2, "msb_first" in lucidrains' LFQ.
     token_bits: bits of each index where tokens are cut otherwise than groups (Open-MAGVIT2: 18 bits as 6 + 12).
     reduce_across_ranks: the codebook entropy is the one of all processes' batches together, not of each alone.
+    compat: "upstream" takes the entropies by a softmax over all 2^d' codes in the published code's order of operations,
+        rounding included, a rank at a time: for comparing a training step digit by digit. It is slow and large, and
+        its float32 gradient is farther from the true one than the closed form's.
 
     There is no state: nothing of it stands in a state dict.
     """
@@ -58,7 +61,8 @@ class GroupLFQ(nn.Module):
     def __init__(self, groups: int, bits: int, commitment: float = 0.25, entropy: float = 0.1, diversity: float = 1.0,
                  temperature: float = 0.01, codebook_entropy: Literal["pooled", "per_group"] = "pooled",
                  eps: float = 1e-5, guard: LogGuard = "add", bit_order: BitOrder = "lsb_first",
-                 token_bits: tuple[int, ...] | None = None, reduce_across_ranks: bool = True) -> None:
+                 token_bits: tuple[int, ...] | None = None, reduce_across_ranks: bool = True,
+                 compat: Literal["upstream"] | None = None) -> None:
         super().__init__()
         if groups < 1 or bits < 1:
             raise ConfigError(f"GroupLFQ needs at least one group of at least one bit, not {groups} of {bits}.")
@@ -66,6 +70,8 @@ class GroupLFQ(nn.Module):
             raise ConfigError(f"codebook_entropy is 'pooled' or 'per_group', not {codebook_entropy!r}.")
         if temperature <= 0:
             raise ConfigError(f"The temperature must be positive, not {temperature}.")
+        if compat not in (None, "upstream"):
+            raise ConfigError(f"compat is None or 'upstream', not {compat!r}.")
         check_bit_order(bit_order)
         self.groups, self.bits, self.dim = groups, bits, groups * bits
         self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
@@ -73,7 +79,7 @@ class GroupLFQ(nn.Module):
         self.guard: LogGuard = guard
         self.bit_order: BitOrder = bit_order
         self.token_bits = (bits,) * groups if token_bits is None else tuple(token_bits)
-        self.reduce_across_ranks = reduce_across_ranks
+        self.reduce_across_ranks, self.compat = reduce_across_ranks, compat
         check_token_bits(self.token_bits, self.dim)
 
     @property
@@ -111,11 +117,27 @@ class GroupLFQ(nn.Module):
             rows = rows.permute(2, 1, 0, 3).reshape(1, self.bits, -1)
         else:
             rows = rows.permute(1, 2, 0, 3).reshape(self.groups, self.bits, -1)
-        # Flipping one bit moves 2 <u, c> / T by 4 u / T.
-        per_sample, of_codes = bit_entropies(rows * (4 / self.temperature), self.eps, self.guard,
-                                             self.reduce_across_ranks)
+        if self.compat == "upstream":
+            per_sample, of_codes = self._entropies_by_softmax(wide.flatten(2))
+        else:  # flipping one bit moves 2 <u, c> / T by 4 u / T
+            per_sample, of_codes = bit_entropies(rows * (4 / self.temperature), self.eps, self.guard,
+                                                 self.reduce_across_ranks)
         return {"per_sample_entropy": per_sample.mean(), "codebook_entropy": of_codes.mean(),
                 "commitment": F.mse_loss(wide, codes.to(wide.dtype))}
+
+    def _entropies_by_softmax(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, g d', positions) latents to each group's sample entropy and each histogram's codebook entropy."""
+        numbers = torch.arange(1 << self.bits, device=z.device)[:, None]
+        codes = torch.where(unpack_tokens(numbers, (self.bits,), self.bit_order), 1.0, -1.0).to(z.dtype)
+        rows = z.transpose(1, 2).unflatten(-1, (self.groups, self.bits))  # B, positions, g, d'
+        logits = 2 * torch.einsum("...d,jd->...j", rows, codes) / self.temperature
+        p = logits.softmax(-1)
+        mean = p.mean((0, 1, 2) if self.codebook_entropy == "pooled" else (0, 1))
+        if self.guard == "clamp":
+            log_p, log_mean = p.clamp(min=self.eps).log(), mean.clamp(min=self.eps).log()
+        else:
+            log_p, log_mean = (logits + self.eps).log_softmax(-1), (mean + self.eps).log()
+        return -(p * log_p).sum(-1).mean((0, 1)), -(mean * log_mean).sum(-1)
 
     def _total(self, terms: dict[str, Tensor]) -> Tensor:
         spread = terms["per_sample_entropy"] - self.diversity * terms["codebook_entropy"]
@@ -131,6 +153,6 @@ class LFQ(GroupLFQ):
     def __init__(self, bits: int, commitment: float = 0.25, entropy: float = 0.1, diversity: float = 1.0,
                  temperature: float = 0.01, eps: float = 1e-5, guard: LogGuard = "add",
                  bit_order: BitOrder = "lsb_first", token_bits: tuple[int, ...] | None = None,
-                 reduce_across_ranks: bool = True) -> None:
+                 reduce_across_ranks: bool = True, compat: Literal["upstream"] | None = None) -> None:
         super().__init__(1, bits, commitment, entropy, diversity, temperature, "pooled", eps, guard, bit_order,
-                         token_bits, reduce_across_ranks)
+                         token_bits, reduce_across_ranks, compat)
