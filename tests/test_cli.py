@@ -382,7 +382,9 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
                                               (signal.SIGTERM, ["pipe", "a.png", "-o", "out", "-j", "2"])])
 def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Path, models: Path) -> None:
     os.mkfifo("pipe")
-    process = subprocess.Popen(command_line(models, "encode", *argv, "-q"), stderr=subprocess.PIPE, env=ENVIRONMENT)
+    # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
+    process = subprocess.Popen(command_line(models, "encode", *argv, "-q"), stderr=subprocess.PIPE, env=ENVIRONMENT,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None)
     writer = None
     while writer is None and process.poll() is None:
         try:
@@ -391,7 +393,7 @@ def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Pat
             time.sleep(0.02)
     assert writer is not None, process.communicate()
     process.send_signal(number)
-    _, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=100)
     os.close(writer)
     assert process.returncode == 130
     assert err.decode() == "vtc-encode: stopped; no partial file is left.\n"
