@@ -377,14 +377,18 @@ def command_line(models: Path, command: str, *argv: str) -> list[str]:
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+def _hear_interrupts() -> None:
+    """A test run in the background of a shell ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize(("number", "argv"), [(signal.SIGINT, ["pipe", "-o", "b.vtc"]),
                                               (signal.SIGTERM, ["pipe", "a.png", "-o", "out", "-j", "2"])])
 def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Path, models: Path) -> None:
     os.mkfifo("pipe")
-    # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
     process = subprocess.Popen(command_line(models, "encode", *argv, "-q"), stderr=subprocess.PIPE, env=ENVIRONMENT,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None)
+                               preexec_fn=_hear_interrupts)
     writer = None
     while writer is None and process.poll() is None:
         try:
