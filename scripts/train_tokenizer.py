@@ -47,7 +47,8 @@ def started_from(name_or_path: str, codebook_size: int) -> LocalVQ:
     model = LocalVQ.from_pretrained(name_or_path).train()
     if codebook_size == model.quantizer.codebook_size:
         return model
-    family = cluster_codebook(model.quantizer.codebook, [codebook_size], usage=model.token_frequencies[0].float())
+    usage = None if model.token_frequencies is None else model.token_frequencies[0].float()
+    family = cluster_codebook(model.quantizer.codebook, [codebook_size], usage)
     return with_codebook(model, family.codebooks[codebook_size], family.maps[codebook_size])
 
 
