@@ -103,6 +103,14 @@ def test_a_model_folder_that_does_not_fit_is_refused(tmp_path):
         LocalVQ.from_pretrained(tmp_path)
 
 
+def test_values_beyond_float16_are_not_saved_as_infinity(tmp_path):
+    model = small()
+    with torch.no_grad():
+        model.decoder.head.bias[0] = 1e5
+    with pytest.raises(ModelError, match=r"decoder\.head\.bias has values beyond float16, up to 1e\+05"):
+        model.save_pretrained(tmp_path)
+
+
 def test_training_goes_on_from_a_loaded_codebook(tmp_path):
     model = small()
     images = torch.rand(2, 3, 64, 64)

@@ -102,6 +102,13 @@ def test_var_tokenizer_equals_upstream():
 
 
 @pytest.mark.parametrize("name", MODELS)
+def test_one_picture_of_one_token_is_finite(name):
+    """A batch of one leaves a group norm of one channel a group a single value."""
+    model = make(name)
+    assert model.decode(model.encode(torch.rand(1, 3, 1, 1))).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (8, 8), (9, 3), (5, 26)])
 def test_any_size_comes_back_at_its_size_and_finite(name, height, width):
     model = make(name)

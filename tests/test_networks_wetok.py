@@ -135,6 +135,12 @@ def test_published_parameter_counts():
         assert measured == pytest.approx(counts, abs=0.06)
 
 
+def test_one_picture_of_one_token_is_finite():
+    """A batch of one leaves a group norm of one channel a group a single value."""
+    model = small()
+    assert model.decode(model.encode(torch.rand(1, 3, 1, 1))).isfinite().all()
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (4, 4), (5, 31), (33, 2)])
 def test_any_size_comes_back_at_its_size_and_finite(height, width):
     model = small()

@@ -71,6 +71,13 @@ def test_codes_and_indices_round_trip(shape, order, seed):
     assert torch.equal(quantizer(out.z_q).indices, out.indices)
 
 
+def test_half_precision_neither_overflows_nor_divides_by_zero():
+    quantizer = BinarySphericalQuantizer(8, group_bits=4).train()
+    for scale in (0.0, 1.0, 1e4):
+        out = quantizer(torch.full((1, 8, 2, 2), scale, dtype=torch.float16))
+        assert out.loss.isfinite() and out.z_q.isfinite().all()
+
+
 def test_gradient_goes_through_the_projection():
     z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
     cotangent = torch.randn(2, 6, 3, dtype=torch.float64)

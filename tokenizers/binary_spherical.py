@@ -95,7 +95,10 @@ class BinarySphericalQuantizer(nn.Module):
     def _on_sphere(self, z: Tensor) -> Tensor:
         if z.ndim < 2 or z.shape[1] != self.dim:
             raise ConfigError(f"This quantizer takes (B, {self.dim}, ...) latents, not {tuple(z.shape)}.")
-        return F.normalize(z, dim=1) if self.normalize else z
+        if not self.normalize:
+            return z
+        # In half precision the squares overflow and the epsilon of the norm underflows.
+        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1).to(z.dtype)
 
     def _terms(self, z: Tensor, ones: Tensor) -> dict[str, Tensor]:
         wide = z if z.dtype == torch.float64 else z.float()

@@ -48,11 +48,19 @@ def swish(x: Tensor) -> Tensor:
     return _Swish.apply(x) if x.requires_grad and torch.is_grad_enabled() else torch.sigmoid(x).mul_(x)
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's, without its refusal of one value a group: a 1x1 latent of 32 channels normalises to the bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, ...) in and out."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(width: int) -> nn.GroupNorm:
     """Group norm as all these networks use it: 32 groups, eps 1e-6. Its statistics run over the whole image."""
     if width % 32:
         raise ConfigError(f"These networks normalise in 32 groups, so widths are multiples of 32, not {width}.")
-    return nn.GroupNorm(32, width, eps=1e-6)
+    return GroupNorm(32, width, eps=1e-6)
 
 
 class ResBlock(nn.Module):

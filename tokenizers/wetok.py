@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vtc.errors import ConfigError
 from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import Tokens
-from vtc.tokenizers.layers import GridTokenizer, ResBlock, group_norm, swish
+from vtc.tokenizers.layers import GridTokenizer, GroupNorm, ResBlock, group_norm, swish
 from vtc.tokenizers.lookup_free import GroupLFQ
 
 Generative = TypeVar("Generative", bound="WeTok")
@@ -81,7 +81,7 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, z_channels: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6, affine=False)
+        self.norm = GroupNorm(32, width, eps=1e-6, affine=False)
         self.gamma = nn.Linear(z_channels, width)
         self.beta = nn.Linear(z_channels, width)
 

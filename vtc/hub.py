@@ -83,9 +83,20 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU."""
-    return {name: (t.half() if t.is_floating_point() else t).cpu().contiguous()
+    """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU.
+
+    Raises ModelError where a value is too large for float16.
+    """
+    return {name: (_half(name, t) if t.is_floating_point() else t).cpu().contiguous()
             for name, t in model.state_dict().items()}
+
+
+def _half(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.half()
+    if half.isinf().any() and tensor.isfinite().all():
+        raise ModelError(f"The tensor {name} has values beyond float16, up to {tensor.abs().max().item():.3g}, in which "
+                         "models are stored.")
+    return half
 
 
 def fingerprint(model: nn.Module, prefixes: tuple[str, ...]) -> bytes:

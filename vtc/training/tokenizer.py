@@ -93,7 +93,6 @@ class TokenizerTrainer:
         self.step = 0
         self.warm_latents: list[Tensor] = []
         self.loss = PerceptualLoss(perceptual).to(accelerator.device)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
         groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
                   {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99))
