@@ -72,6 +72,8 @@ def lpips(image: Tensor, decoded: Tensor) -> str:
 
     shared = ROOT.parent / "shared" / "weights"
     beside = shared if "VTC_LPIPS_WEIGHTS" not in os.environ and shared.is_dir() else None
+    if min(image.shape[-2:]) < 64:
+        return "is for pictures of at least 64 pixels a side"
     try:
         network = LPIPS("alex", weights=beside)
     except ModelError:
