@@ -94,8 +94,8 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _half(name: str, tensor: Tensor) -> Tensor:
     half = tensor.half()
     if half.isinf().any() and tensor.isfinite().all():
-        raise ModelError(f"The tensor {name} has values beyond float16, up to {tensor.abs().max().item():.3g}, in which "
-                         "models are stored.")
+        raise ModelError(f"The tensor {name} has values beyond float16, in which models are stored: up to "
+                         f"{tensor.abs().max().item():.3g}.")
     return half
 
 
