@@ -142,7 +142,7 @@ def test_any_size(size: tuple[int, int], here: Path, run: Say) -> None:
     picture("b.png", *size)
     assert run("encode", "b.png").code == 0
     assert run("decode", "b.vtc").code == 0
-    assert Image.open("b.png").size == size
+    assert Image.open("b.decoded.png").size == size
 
 
 @pytest.mark.parametrize(("name", "format"),
@@ -228,6 +228,15 @@ def test_an_input_is_never_overwritten(here: Path, run: Say) -> None:
     picture("b.png", seed=1)
     result = run("encode", "b.png", "b.vtc")
     assert result.code == 1 and Path("b.vtc").read_bytes() == before == Path("a.png").read_bytes()
+
+
+def test_the_original_beside_a_stream_is_never_overwritten(here: Path, run: Say) -> None:
+    picture("p/b.jpg")
+    before = {name: Path(name).read_bytes() for name in ("a.png", "p/b.jpg")}
+    assert run("encode", "a.png", "p").code == 0
+    assert run("decode", "a.vtc").code == run("decode", "p", "--format", "jpeg").code == 0
+    assert {name: Path(name).read_bytes() for name in before} == before
+    assert tree(here) == ["a.decoded.png", "a.png", "a.vtc", "p/b.decoded.jpg", "p/b.jpg", "p/b.vtc"]
 
 
 def test_an_existing_output_is_replaced(here: Path, run: Say) -> None:

@@ -43,7 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
         prog="vtc-decode", description="Turn .vtc files back into pictures.",
         epilog="Exit codes: 0 done, 1 a file failed (the others are done), 2 usage, 130 stopped.")
     add_arguments(parser, output_help="file ending in .png, .jpg or .webp, '-' (stdout), or a folder: one that exists, "
-                                      "ends in a slash, or is needed for several inputs; default: next to the input",
+                                      "ends in a slash, or is needed for several inputs; "
+                                      "default: next to the input, ending in .decoded.png (or .jpg, .webp)",
                   model_help="bundled model or the folder of one; default: the bundled one that the stream names")
     parser.add_argument("--format", choices=tuple(FORMATS),
                         help="format of the pictures; default: the suffix of -o, else png")
@@ -62,7 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.info and args.output:
                 raise UsageError("--info writes to stdout and takes no -o")
             chosen = args.format or "png"
-            tasks = plan(args.inputs, args.output, (".vtc",), FORMATS[chosen][1])
+            suffix = FORMATS[chosen][1] if args.output else ".decoded" + FORMATS[chosen][1]  # a.png may be the original
+            tasks = plan(args.inputs, args.output, (".vtc",), suffix)
             if args.info:
                 return _info(tasks, args.json)
             if len(tasks) == 1 and tasks[0].target == args.output != "-":
