@@ -408,9 +408,54 @@ def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Pat
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
     os.close(writer)
-    assert process.returncode == 130
+    assert process.returncode == 1
     assert err.decode() == "vtc-encode: stopped; no partial file is left.\n"
     assert [name for name in tree(here) if name not in ("out/a.vtc",)] == ["a.png"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_closed_and_full_standard_streams(here: Path, run: Say, models: Path) -> None:
+    run("encode", "a.png", "-o", "b.vtc")
+
+    def shell(redirection: str, command: str, *argv: str) -> SimpleNamespace:
+        line = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command_line(models, command, *argv)]
+        done = subprocess.run(line, capture_output=True, env=ENVIRONMENT, check=False)
+        return SimpleNamespace(code=done.returncode, out=done.stdout, lines=done.stderr.decode().splitlines(),
+                               err=done.stderr.decode())
+
+    failed(shell("<&-", "encode", "-", "-o", "c.vtc"), "stdin is closed")
+    failed(shell(">&-", "encode", "a.png", "-o", "-"), "stdout is closed")
+    silent = shell("2>&-", "encode", "a.png", "-o", "-")
+    assert (silent.code, silent.out) == (0, Path("b.vtc").read_bytes())
+    if os.path.exists("/dev/full"):
+        failed(shell(">/dev/full", "encode", "a.png", "--json"), "stdout cannot be written: no space left")
+        assert Path("a.vtc").read_bytes() == Path("b.vtc").read_bytes()
+        failed(shell(">/dev/full", "decode", "--info", "a.vtc"), "stdout cannot be written: no space left")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs file names of any bytes")
+def test_a_file_name_that_is_no_text(here: Path, run: Say) -> None:
+    name = os.fsdecode(b"\xff.png")
+    os.rename("a.png", name)
+    assert json.loads(run("encode", name, "--json").out)["input"] == name
+    result = run("decode", "--info", os.fsdecode(b"\xff.vtc"))
+    assert result.code == 0 and b"\\udcff.vtc" in result.out
+
+
+def test_a_folder_that_cannot_be_read(here: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture("p/b.png")
+    picture("p/locked/c.png")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("locked"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = run("encode", "p", "-q")
+    assert result.code == 1 and Path("p/b.vtc").exists()
+    assert result.lines[-1] == "The folder p/locked cannot be read: permission denied."
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX limits")

@@ -28,6 +28,8 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
     name = "stdin" if str(path) == "-" else str(path)
     try:
         if name == "stdin":
+            if sys.stdin is None:
+                raise FileError("stdin is closed.")
             data = sys.stdin.buffer.read(limit + 1)
         else:
             with open(path, "rb") as file:
@@ -54,6 +56,8 @@ def write_file(path: str | Path, data: bytes) -> None:
     pipe is written to directly. '-' is stdout. Raises FileError; a closed stdout raises BrokenPipeError.
     """
     if str(path) == "-":
+        if sys.stdout is None:
+            raise FileError("stdout is closed.")
         try:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()

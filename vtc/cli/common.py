@@ -18,17 +18,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from vtc.cli.plan import Task
-from vtc.errors import ConfigError, VtcError
-from vtc.files import write_file
+from vtc.errors import ConfigError, FileError, VtcError
+from vtc.files import reason, write_file
 
 if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer
 
 #: exit codes; argparse ends usage errors with 2
-DONE, FAILED, STOPPED = 0, 1, 130
+DONE, FAILED, STOPPED = 0, 1, 1
 
 
 def add_arguments(parser: argparse.ArgumentParser, output_help: str, model_help: str) -> None:
@@ -109,6 +109,24 @@ def say(text: str) -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
 
 
+def emit(text: str, stream: TextIO | None) -> None:
+    """Lines on stdout, or on another stream; characters that it cannot hold are escaped.
+
+    Raises FileError where it is closed or cannot be written, and BrokenPipeError where its reader went away.
+    """
+    if stream is None:
+        raise FileError("stdout is closed.")
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What is left in its buffer is flushed once more at the end; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise FileError(f"stdout cannot be written: {reason(error)}.") from error
+
+
 def sentence(error: BaseException, name: str) -> str:
     """What went wrong with the file `name`, in one line."""
     if isinstance(error, VtcError):
@@ -138,6 +156,8 @@ def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
     SIGTERM (`timeout`, `kill`) is treated like Ctrl-C, so that it too leaves no temporary file.
     """
     # Notes of torch's C++ side about the processor are not for the user's eyes.
+    if sys.stderr is None:  # closed by the caller; messages go nowhere, and never into a file opened later
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     on_main = threading.current_thread() is threading.main_thread()
     old_handler = signal.signal(signal.SIGTERM, signal.default_int_handler) if on_main else None
@@ -163,13 +183,17 @@ def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
 
 @dataclass(frozen=True)
 class Made:
-    """What became of one file: its new bytes, facts for --json, and what was done to it on the way."""
+    """What became of one file: its new bytes, facts for --json, and what was done to it on the way.
+
+    loading: seconds of the work that went into loading a model, or waiting for it; they are not the file's.
+    """
 
     data: bytes
     width: int
     height: int
     coded_bytes: int
     notes: Sequence[str] = field(default=())
+    loading: float = 0.0
 
 
 def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int, as_json: bool, quiet: bool) -> int:
@@ -216,7 +240,11 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                          f"{bpp:.4f} bpp, {seconds:.2f} s")
             if as_json:
                 bar.clear()
-                print(json.dumps(facts, ensure_ascii=False), file=report, flush=True)
+                try:
+                    emit(json.dumps(facts), report)
+                except FileError as error:  # the files are still made, without a report
+                    failures.append(f"{prog}: {error}")
+                    as_json = False
             bar.update()
     if several and failures:
         say(f"{prog}: {len(failures)} of {len(tasks)} files failed:")
@@ -249,9 +277,6 @@ def stopped(prog: str) -> str:
 
 def make_folder(target: str) -> None:
     """Create the folder that `target` lies in. Raises FileError."""
-    from vtc.errors import FileError
-    from vtc.files import reason
-
     folder = os.path.dirname(target)
     try:
         os.makedirs(folder, exist_ok=True)
@@ -270,7 +295,7 @@ def _outcomes(tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int) ->
             raise VtcError(task.problem)
         start = time.perf_counter()
         made = work(task)
-        return made, time.perf_counter() - start
+        return made, time.perf_counter() - start - made.loading
 
     if jobs == 1:
         for task in tasks:

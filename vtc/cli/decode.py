@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from vtc.cli.common import (
     FAILED,
     Made,
     add_arguments,
+    emit,
     guarded,
     load_model,
     not_called,
@@ -41,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The arguments of vtc-decode."""
     parser = argparse.ArgumentParser(
         prog="vtc-decode", description="Turn .vtc files back into pictures.",
-        epilog="Exit codes: 0 done, 1 a file failed (the others are done), 2 usage, 130 stopped.")
+        epilog="Exit codes: 0 done, 1 stopped, or a file failed (the others are done), 2 usage.")
     add_arguments(parser, output_help="file ending in .png, .jpg or .webp, '-' (stdout), or a folder: one that exists, "
                                       "ends in a slash, or is needed for several inputs; "
                                       "default: next to the input, ending in .decoded.png (or .jpg, .webp)",
@@ -109,8 +112,11 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
     def work(task: Task) -> Made:
         stream = read_file(task.source)
         header = container.parse(stream, MAX_PIXELS)
-        (image,) = codec_for(model or _bundled_model(header)).decompress([stream])
-        return Made(encode_image(image, format), header.width, header.height, len(stream))
+        start = time.perf_counter()
+        codec = codec_for(model or _bundled_model(header))
+        loading = time.perf_counter() - start
+        (image,) = codec.decompress([stream])
+        return Made(encode_image(image, format), header.width, header.height, len(stream), loading=loading)
 
     return work
 
@@ -140,9 +146,9 @@ def _info(tasks: Sequence[Task], as_json: bool) -> int:
             facts = {"input": task.source, "error": sentence(error, task.source)}
             say(facts["error"])
         if as_json:
-            print(json.dumps(facts, ensure_ascii=False), flush=True)
+            emit(json.dumps(facts), sys.stdout)
         elif "error" not in facts:
-            print("\n".join(f"{key + ':':<15} {_text(value)}" for key, value in facts.items()), flush=True)
+            emit("\n".join(f"{key + ':':<15} {_text(value)}" for key, value in facts.items()), sys.stdout)
     return code
 
 

@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The arguments of vtc-encode."""
     parser = argparse.ArgumentParser(
         prog="vtc-encode", description="Compress pictures to discrete tokens: a photograph to some two kilobytes.",
-        epilog="Exit codes: 0 done, 1 a file failed (the others are done), 2 usage, 130 stopped.")
+        epilog="Exit codes: 0 done, 1 stopped, or a file failed (the others are done), 2 usage.")
     add_arguments(parser, output_help="file, '-' (stdout), or a folder: one that exists, ends in a slash, or is needed "
                                       "for several inputs; default: next to the input, ending in .vtc",
                   model_help=f"bundled model or the folder of one; default {DEFAULT_MODEL}")

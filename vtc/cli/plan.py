@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from vtc.errors import FileError
+from vtc.files import reason
 
 
 class UsageError(Exception):
@@ -55,7 +56,10 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
     tasks: list[Task] = []
     sources = {os.path.realpath(name) for name in inputs if name != "-"}
     writer: dict[str, str] = {}  # real path of a target -> the source that writes it
-    for source, place in _expanded(inputs, suffixes):
+    for source, place, unreadable in _expanded(inputs, suffixes):
+        if unreadable:
+            tasks.append(Task(source, "", problem=unreadable))
+            continue
         if not place:
             tasks.append(Task(source, "", problem=f"The folder {source} has no files in {', '.join(suffixes)}."))
             continue
@@ -92,19 +96,25 @@ def _check_folder(folder: str) -> None:
         raise FileError(f"The output folder {folder} cannot be made, because {parent} does not exist; create it first.")
 
 
-def _expanded(inputs: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """(path, its place below the input it came from); the place is '' for a folder that holds nothing."""
+def _expanded(inputs: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """(path, its place below the input it came from, why it cannot be read).
+
+    The place is '' for a folder that holds nothing or cannot be read; the reason is '' for all but the latter.
+    """
     for name in inputs:
         if not os.path.isdir(name):
-            yield name, os.path.basename(name)
+            yield name, os.path.basename(name), ""
             continue
         found = False
-        for root, folders, files in os.walk(name):
+        errors: list[OSError] = []
+        for root, folders, files in os.walk(name, onerror=errors.append):
             folders.sort()
             for file in sorted(files):
                 if file.lower().endswith(tuple(suffixes)):
                     found = True
                     path = os.path.join(root, file)
-                    yield path, os.path.relpath(path, name)
-        if not found:
-            yield name, ""
+                    yield path, os.path.relpath(path, name), ""
+        for error in errors:
+            yield str(error.filename), "", f"The folder {error.filename} cannot be read: {reason(error)}."
+        if not found and not errors:
+            yield name, "", ""
