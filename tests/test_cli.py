@@ -25,7 +25,7 @@ from tests.test_models import tiny
 from vtc import hub
 from vtc.cli import decode, encode
 from vtc.codecs.token_codec import TokenCodec
-from vtc.models import DEFAULT_MODEL, load_tokenizer
+from vtc.models import DEFAULT_MODEL, FINGERPRINTS, load_tokenizer
 
 Say = Callable[..., SimpleNamespace]
 
@@ -167,11 +167,16 @@ def test_info_needs_no_model(here: Path, run: Say, monkeypatch: pytest.MonkeyPat
     assert tree(here) == ["a.png", "a.vtc", "b.vtc"]
 
 
-def test_a_folder_as_model(here: Path, run: Say, models: Path) -> None:
+def test_a_folder_as_model(here: Path, run: Say, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("encode", "a.png", "--model", models / "other").code == 0
     failed(run("decode", "a.vtc"), "a.vtc: The stream was made with a model of its own", "--model")
     failed(run("decode", "a.vtc", "--model", DEFAULT_MODEL), "fingerprint")
     assert run("decode", "a.vtc", "--model", models / "other").code == 0
+    # What a copy of the bundled model made is recognised by its fingerprint.
+    monkeypatch.setitem(FINGERPRINTS, DEFAULT_MODEL, tiny(0).fingerprint().hex())
+    assert run("encode", "a.png", "--model", models / "bundled" / DEFAULT_MODEL).code == 0
+    assert Path("a.vtc").read_bytes()[4] == 0
+    assert run("decode", "a.vtc").code == 0
     # A copy of the bundled model decodes what the bundled model made.
     run("encode", "a.png")
     assert run("decode", "a.vtc", "--model", models / "bundled" / DEFAULT_MODEL).code == 0

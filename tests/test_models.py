@@ -10,7 +10,7 @@ import torch
 
 from vtc import hub
 from vtc.errors import ModelError
-from vtc.models import DEFAULT_MODEL, MODEL_IDS, TOKENIZER_CLASSES, load_tokenizer, name_of
+from vtc.models import DEFAULT_MODEL, FINGERPRINTS, MODEL_IDS, TOKENIZER_CLASSES, load_tokenizer, name_of
 from vtc.tokenizers.local_vq import LocalVQ
 
 
@@ -34,6 +34,14 @@ def test_the_numbers_in_streams_never_change() -> None:
     assert 0 not in MODEL_IDS.values() and len(set(MODEL_IDS.values())) == len(MODEL_IDS)
     assert name_of(1) == "localvq-f16-2560"
     assert name_of(0) is None and name_of(2**31) is None
+
+
+def test_the_fingerprints_are_those_of_the_bundled_models() -> None:
+    assert set(FINGERPRINTS) == set(MODEL_IDS)
+    for name, fingerprint in FINGERPRINTS.items():
+        if not (hub.BUNDLED / name).is_dir():
+            pytest.skip(f"{name} is not in this checkout")
+        assert load_tokenizer(name).fingerprint().hex() == fingerprint
 
 
 def test_a_bundled_name_has_its_number_and_a_folder_has_none(bundled: Path) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
 #: 0 is every model that vtc does not ship.
 MODEL_IDS = {"localvq-f16-2560": 1}
+#: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
+FINGERPRINTS = {"localvq-f16-2560": "75f4165e1ae0bc05"}
 DEFAULT_MODEL = "localvq-f16-2560"
 
 

@@ -205,6 +205,7 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
 
     several = len(tasks) > 1
     failures: list[str] = []
+    no_report = ""
     report = sys.stderr if any(task.target == "-" for task in tasks) else sys.stdout
     bar = tqdm(total=len(tasks), unit="file", file=sys.stderr, disable=quiet or not several)
 
@@ -243,14 +244,16 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                 try:
                     emit(json.dumps(facts), report)
                 except FileError as error:  # the files are still made, without a report
-                    failures.append(f"{prog}: {error}")
+                    no_report = f"{prog}: {error}"
                     as_json = False
             bar.update()
     if several and failures:
         say(f"{prog}: {len(failures)} of {len(tasks)} files failed:")
     for failure in failures:
         say(failure)
-    return FAILED if failures else DONE
+    if no_report:
+        say(no_report)
+    return FAILED if failures or no_report else DONE
 
 
 def not_called(task: Task) -> Made:

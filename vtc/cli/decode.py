@@ -28,7 +28,7 @@ from vtc.cli.common import (
 from vtc.cli.plan import Task, UsageError, plan
 from vtc.errors import ModelError, VtcError
 from vtc.files import read_file
-from vtc.models import name_of
+from vtc.models import FINGERPRINTS, name_of
 
 if TYPE_CHECKING:
     from vtc.codecs.container import Container
@@ -123,6 +123,8 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
 
 def _bundled_model(header: Container) -> str:
     name = name_of(header.model_id)
+    if header.model_id == 0:  # the model was given as a folder, which may hold a copy of a bundled one
+        name = next((name for name, known in FINGERPRINTS.items() if known == header.fingerprint.hex()), None)
     if name is None:
         which = f"model number {header.model_id}" if header.model_id else "a model of its own"
         raise ModelError(f"The stream was made with {which} (fingerprint {header.fingerprint.hex()}), which this "
