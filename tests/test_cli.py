@@ -410,6 +410,7 @@ def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Pat
         except OSError:
             time.sleep(0.02)
     assert writer is not None, process.communicate()
+    time.sleep(0.5)  # a signal just between Python's last look for one and the read would only be seen after the read
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
     os.close(writer)
