@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.shared import SHARED
+from tests.fixtures import Fixture
 
 
 def fixture(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors (half ones made float) and configuration of shared/fixtures/NAME."""
-    folder = SHARED / "fixtures"
-    tensors = load_file(folder / f"{name}.safetensors")
-    widened = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    return widened, json.loads((folder / f"{name}.json").read_text())["config"]
+    read = Fixture(name)
+    return {k: v.float() if v.is_floating_point() else v for k, v in read.tensors.items()}, read.config
 
 
 def assert_loss(actual: Tensor, expected: Tensor) -> None:

@@ -125,6 +125,7 @@ class Tokenizer(nn.Module):
         raise NotImplementedError
 
     def encode(self, images: Tensor) -> Tokens:
+        """The tokens of images (B, 3, H, W) in [0, 1]."""
         raise NotImplementedError
 
     def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:

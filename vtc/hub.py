@@ -82,13 +82,14 @@ class PretrainedMixin(PyTorchModelHubMixin):
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
     """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU.
 
+    prefixes: only tensors whose names begin with one of them; by default all.
     Raises ModelError where a value is too large for float16.
     """
     return {name: (_half(name, t) if t.is_floating_point() else t).cpu().contiguous()
-            for name, t in model.state_dict().items()}
+            for name, t in model.state_dict().items() if name.startswith(prefixes)}
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:
@@ -105,8 +106,7 @@ def fingerprint(model: nn.Module, prefixes: tuple[str, ...]) -> bytes:
     Name, type, shape and bytes of each, in the order of names: two models agree just where they decode alike.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(stored_tensors(model).items()):
-        if name.startswith(prefixes):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    for name, tensor in sorted(stored_tensors(model, prefixes).items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()[:8]

@@ -6,14 +6,13 @@ stops and resumes sees exactly the samples it would have seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -54,16 +53,3 @@ class RandomCrops(Dataset[Tensor]):
         if rng.random() < 0.5:
             crop = np.ascontiguousarray(crop[:, ::-1])
         return torch.from_numpy(crop).permute(2, 0, 1)
-
-
-class NumberedSampler(Sampler[int]):
-    """The numbers start, start + 1, ..., stop - 1."""
-
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.stop))
-
-    def __len__(self) -> int:
-        return self.stop - self.start

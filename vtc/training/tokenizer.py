@@ -24,7 +24,7 @@ from vtc.errors import TrainingError
 from vtc.eval.lattice import error_spectrum, lattice_ratio
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
-from vtc.training.data import NumberedSampler, RandomCrops
+from vtc.training.data import RandomCrops
 from vtc.training.perceptual import PerceptualLoss
 
 TensorList = tuple[Tensor, ...] | list[Tensor]
@@ -170,8 +170,8 @@ class TokenizerTrainer:
         recipe = self.recipe
         per_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
         crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
-        sampler = NumberedSampler(self.step * per_step, recipe.max_train_steps * per_step)
-        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=sampler, num_workers=1,
+        numbers = range(self.step * per_step, recipe.max_train_steps * per_step)
+        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=numbers, num_workers=1,
                                                    prefetch_factor=8, drop_last=True))
 
     def _losses(self, batch: Tensor) -> dict[str, Tensor]:
