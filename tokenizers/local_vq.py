@@ -101,10 +101,18 @@ class Encoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to (B, w[2], H/16, W/16): all but the projection, what a codebook family shares."""
         x = self.stages[0](self.stem(F.pixel_unshuffle(x, 4)))
         for down, stage in zip(self.downs, self.stages[1:], strict=True):
             x = stage(down(x))
-        z = self.head(self.norm(x)).float()
+        return self.norm(x)
+
+    def project(self, features: Tensor) -> Tensor:
+        """(B, w[2], h, w) features to (B, dim, h, w) latents."""
+        z = self.head(features).float()
         # Latents live on the sphere of radius sqrt(d): commitment cannot shrink them, codewords cannot run away.
         return F.normalize(z, dim=1) * z.shape[1] ** 0.5
 
@@ -163,9 +171,13 @@ class LocalVQ(Tokenizer, PretrainedMixin):
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) images in [0, 1] to unquantized (B, d, ceil(H/16), ceil(W/16)); edges are replicated."""
+        return self.encoder.project(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """What the encoder's last projection sees of images (B, 3, H, W) in [0, 1]."""
         height, width = images.shape[-2:]
         padded = F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate")
-        return self.encoder(padded * 2 - 1)
+        return self.encoder.features(padded * 2 - 1)
 
     def forward(self, images: Tensor, quantize: bool = True) -> tuple[Tensor, Quantized]:
         """Images whose sides are multiples of 16 to (reconstruction, quantized): the training path, not clamped.
