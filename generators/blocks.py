@@ -1,0 +1,81 @@
+"""What the transformers of VAR and Infinity share: attention of cosines through a cache, and the feed-forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vtc.errors import ConfigError
+
+#: attends a layer's (B, H, n, D) queries, keys and values: a cache's `attend`, or dense attention in training
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; the attention itself is the caller's `attend`, so that a cache can stand between.
+
+    l2: queries and keys are normalised, and queries multiplied by a learned factor a head, at most 100. Otherwise
+        queries are multiplied by 0.25 / sqrt(D), as VAR does. Either way the softmax has no factor of its own.
+    """
+
+    def __init__(self, width: int, heads: int, l2: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"A width of {width} does not divide into {heads} heads.")
+        self.heads, self.head_dim, self.l2 = heads, width // heads, l2
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+        if l2:
+            self.log_scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+
+    def forward(self, x: Tensor, attend: Attend, layer: int,
+                rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(B, n, C) to the same; `rotate` is applied to queries and keys, (B, H, n, D), as Infinity's positions are."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
+        if self.l2:
+            q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp().to(q.dtype)
+            k = F.normalize(k, dim=-1)
+        else:
+            q = q * (0.25 / math.sqrt(self.head_dim))
+        if rotate is not None:
+            q, k = rotate(q), rotate(k)
+        return self.proj(attend(q, k, v, layer).transpose(1, 2).flatten(2))
+
+    @torch.no_grad()
+    def permute_heads(self, order: Tensor) -> None:
+        """Renumber the heads, new head i being old head order[i]: the same function, with heads of a kind in a row."""
+        rows = (order[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        self.qkv.weight.copy_(self.qkv.weight.unflatten(0, (3, -1))[:, rows].flatten(0, 1))
+        self.q_bias.copy_(self.q_bias[rows])
+        self.v_bias.copy_(self.v_bias[rows])
+        self.proj.weight.copy_(self.proj.weight[:, rows])
+        if self.l2:
+            self.log_scale.copy_(self.log_scale[:, order])
+
+
+class FeedForward(nn.Sequential):
+    """Linear, GELU (tanh), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
+
+
+def dense_attention(mask: Tensor | None = None) -> Attend:
+    """Attention without a cache, for training: `mask` says which keys a query sees, (n, n) bool."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+
+    return attend
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Layer norm without weights, then x * (1 + scale) + shift: adaptive layer norm."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift

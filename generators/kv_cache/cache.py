@@ -1,0 +1,177 @@
+"""One key-value cache for every generator and every policy. The model calls `attend`, and nothing else.
+
+    for each head group of the layer:
+        candidates = stored keys, then the step's own
+        attended   = policy.attended(candidates)           before attention; None: all
+        out        = softmax(q k^T) v                      one dense attention a group
+        stored     = policy.stored(attended)               after attention; None: all; nothing of the last step
+
+Keys lie as the model gives them, after norm and rotation, so what stays needs no second look. Heads that keep different
+numbers of tokens are different groups with tensors of their own: no mask, no padding, so what is dropped is really
+free. The last step's keys are never stored: nothing would read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vtc.errors import ConfigError
+from vtc.generators.kv_cache.full import Full
+from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
+from vtc.generators.kv_cache.schedule import Schedule
+from vtc.generators.kv_cache.storage import Storage, TokenBuffer, gather
+
+
+@dataclass
+class HeadGroup:
+    """Heads that keep equally many tokens: their keys and values, and which tokens these are."""
+
+    heads: Heads
+    k: TokenBuffer
+    v: TokenBuffer
+    tokens: Tensor | None = None  # (1 | B, 1 | h, n) int64
+    scores: Tensor | None = None  # (B, h, n) float32, the policy's own
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values, allocated."""
+        return self.k.nbytes + self.v.nbytes
+
+    @property
+    def metadata_nbytes(self) -> int:
+        """Bytes of token numbers and scores."""
+        return sum(t.nbytes for t in (self.tokens, self.scores) if t is not None)
+
+
+@dataclass
+class KVCache:
+    """The keys and values of one generation.
+
+    policy: by default everything of the steps before the last stays.
+    storage: another float type, or "int8", for what is stored; the step that runs sees its own keys as they are.
+    batch_halves: the batch is two halves of guidance, conditional and not, which shall keep the same tokens.
+    """
+
+    schedule: Schedule
+    policy: KVPolicy = field(default_factory=Full)
+    storage: Storage = None
+    batch_halves: bool = False
+
+    def __post_init__(self) -> None:
+        self.policy.check(self.schedule)
+        self.groups = [[HeadGroup(heads, self._buffer(), self._buffer()) for heads in
+                        self.policy.heads(self.schedule, layer)] for layer in range(self.schedule.layers)]
+        self._peak = 0
+
+    def _buffer(self) -> TokenBuffer:
+        # A policy that keeps all knows how much that is; any other grows as it goes.
+        return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
+        """Attention of a step's tokens, (B, H, m, D) each, to everything stored and to one another: (B, H, m, D)."""
+        expected = (self.schedule.heads, self.schedule.tokens(step), self.schedule.head_dim)
+        if tuple(q.shape[1:]) != expected:
+            raise ConfigError(f"Step {step} has (heads, tokens, dimensions) {expected}, not {tuple(q.shape[1:])}.")
+        groups = self.groups[layer]
+        if len(groups) == 1:
+            return self._attend(groups[0], q, k, v, layer, step)
+        out = torch.empty_like(q)
+        for group in groups:
+            h = group.heads
+            out[:, h] = self._attend(group, q[:, h], k[:, h], v[:, h], layer, step)
+        return out
+
+    def _attend(self, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
+        last, new = step == self.schedule.steps - 1, k.shape[2]
+        # Where what is stored is what was given, write first and attend to the buffer: nothing is copied twice.
+        write_first = not last and self.storage in (None, k.dtype)
+        if write_first:
+            group.k.append(k)
+            group.v.append(v)
+        k_all, v_all = (self._with(group.k, k, write_first), self._with(group.v, v, write_first))
+        numbers = torch.arange(self.schedule.starts[step], self.schedule.starts[step + 1], device=k.device)
+        seen = Candidates(self.schedule, layer, step, group.heads, q, k_all, v_all, _joined(group.tokens, numbers), new,
+                          _extended(group.scores, new), self.batch_halves)
+        chosen = self.policy.attended(seen)
+        transient = 0 if write_first or k_all is k else k_all.nbytes + v_all.nbytes
+        if isinstance(chosen, Merged):
+            k_all, v_all = chosen.k, chosen.v
+            transient += k_all.nbytes + v_all.nbytes
+        elif chosen is not None:
+            seen = _selected(seen, chosen)
+            k_all, v_all = seen.k, seen.v
+            transient += k_all.nbytes + v_all.nbytes
+        out = F.scaled_dot_product_attention(q, k_all, v_all, scale=self.schedule.softmax_scale)
+        self._peak = max(self._peak, self.nbytes() + transient)
+        if not last:
+            if not write_first:
+                group.k.append(k)
+                group.v.append(v)
+            self._store(group, seen, chosen if isinstance(chosen, Tensor) else None)
+            self._peak = max(self._peak, self.nbytes())
+        return out
+
+    def _store(self, group: HeadGroup, seen: Candidates, attended: Tensor | None) -> None:
+        """Drop from the group, which holds all, what was not attended or is not to stay."""
+        keep = self.policy.stored(seen)
+        group.tokens, group.scores = seen.tokens, seen.scores
+        if keep is not None:
+            group.tokens = _numbers_at(group.tokens, keep)
+            group.scores = None if group.scores is None else group.scores.gather(2, keep.expand(*seen.k.shape[:2], -1))
+            if attended is not None:
+                attended = _numbers_at(attended if attended.ndim == 3 else attended[None, None], keep)
+        indices = attended if attended is not None else keep
+        if indices is not None:
+            group.k.take(indices)
+            group.v.take(indices)
+
+    @staticmethod
+    def _with(buffer: TokenBuffer, x: Tensor, written: bool) -> Tensor:
+        if buffer.length == 0:
+            return x
+        return buffer.read(x.dtype) if written else torch.cat([buffer.read(x.dtype), x], 2)
+
+    def nbytes(self, metadata: bool = False) -> int:
+        """Bytes of keys and values that are allocated now; with `metadata` also of token numbers and scores."""
+        return sum(g.nbytes + (g.metadata_nbytes if metadata else 0) for layer in self.groups for g in layer)
+
+    def peak_nbytes(self) -> int:
+        """The most bytes of keys and values that were allocated at once: stored, and joined for the attention."""
+        return self._peak
+
+    def kept(self, layer: int) -> list[int]:
+        """Tokens that are stored now, for each head of the layer."""
+        counts = torch.zeros(self.schedule.heads, dtype=torch.int64)
+        for group in self.groups[layer]:
+            counts[group.heads] = group.k.length
+        return counts.tolist()
+
+
+def _joined(stored: Tensor | None, new: Tensor) -> Tensor:
+    """Token numbers (1 | B, 1 | h, n) and those of the step, (m,)."""
+    if stored is None:
+        return new[None, None]
+    return torch.cat([stored, new.expand(*stored.shape[:2], -1)], 2)
+
+
+def _extended(scores: Tensor | None, new: int) -> Tensor | None:
+    return None if scores is None else F.pad(scores, (0, new))
+
+
+def _numbers_at(numbers: Tensor, indices: Tensor) -> Tensor:
+    """(1 | B, 1 | h, n) at (m,) or (B | 1, h | 1, m)."""
+    if indices.ndim == 1:
+        return numbers.index_select(2, indices)
+    shape = torch.broadcast_shapes(numbers.shape[:2], indices.shape[:2])
+    return numbers.expand(*shape, -1).gather(2, indices.expand(*shape, -1))
+
+
+def _selected(seen: Candidates, chosen: Tensor) -> Candidates:
+    new = chosen >= seen.count - seen.new
+    scores = seen.scores
+    return replace(seen, k=gather(seen.k, chosen), v=gather(seen.v, chosen), tokens=_numbers_at(seen.tokens, chosen),
+                   new=int(new.sum(-1).max()), scores=None if scores is None else _numbers_at(scores, chosen))

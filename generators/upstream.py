@@ -1,0 +1,114 @@
+"""Checkpoints of generators as their authors published them: recognised by keys, mapped strictly.
+
+    family     recognised by                 from
+    var        word_embed, class_emb         VAR (`var_d16.pth` and so on)
+
+Sizes are facts of the keys and shapes. What they do not tell is an argument of the class and can be given.
+Files are read as those of tokenizers are (`vtc.tokenizers.upstream`): nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import ConfigError, ModelError
+from vtc.tokenizers.upstream import read_tensors
+
+StateDict = dict[str, Tensor]
+#: of a state dict of upstream names: the state dict under ours, and the constructor's arguments that it tells
+Family = Callable[[StateDict], tuple[StateDict, dict[str, Any]]]
+
+#: the class that each family becomes, and where it is
+CLASSES = {"var": ("VAR", "vtc.generators.var")}
+
+
+def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
+    rules = [(r"^word_embed\.", "word."), (r"^class_emb\.", "class_embedding."), (r"^pos_start$", "start"),
+             (r"^pos_1LC$", "position"), (r"^lvl_embed\.", "level."), (r"\.attn\.mat_qkv\.", ".attention.qkv."),
+             (r"\.attn\.scale_mul_1H11$", ".attention.log_scale"), (r"\.attn\.", ".attention."),
+             (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."), (r"\.ada_lin\.1\.", ".adaptive."),
+             (r"^head_nm\.adaptive\.", "head_adaptive."), (r"^shared_ada_lin\.1\.", "shared_adaptive."),
+             (r"\.ada_gss$", ".offsets")]
+    constant = ("lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias")
+    ours = renamed({k: v for k, v in tensors.items() if not k.endswith(constant)}, rules)
+    width = ours["position"].shape[2]
+    l2 = "blocks.0.attention.log_scale" in ours
+    heads = ours["blocks.0.attention.log_scale"].shape[1] if l2 else width // 64
+    steps = torch.bincount(tensors["lvl_1L"].flatten()) if "lvl_1L" in tensors else torch.empty(0)
+    return ours, {"depth": count(ours, r"blocks\.(\d+)\."), "width": width, "heads": heads,
+                  "mlp_ratio": ours["blocks.0.mlp.0.weight"].shape[0] / width,
+                  "classes": ours["class_embedding.weight"].shape[0] - 1, "codebook_size": ours["head.weight"].shape[0],
+                  "code_dim": ours["word.weight"].shape[1], "sides": [round(n**0.5) for n in steps.tolist()] or None,
+                  "shared_modulation": "shared_adaptive.weight" in ours, "l2_attention": l2}
+
+
+FAMILIES: dict[str, Family] = {"var": _var}
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> str:
+    """The family of a state dict by its keys. ModelError where it is none of them."""
+    if "word_embed.weight" in tensors and "class_emb.weight" in tensors:
+        return "var"
+    raise ModelError(f"The keys of this checkpoint are those of none of the known generators: {', '.join(FAMILIES)}.")
+
+
+def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **settings: Any) -> Any:
+    """A generator in eval mode, float32, with the weights of a state dict of upstream names.
+
+    settings: arguments of the class that the keys do not tell, or other than they tell.
+    ModelError names keys that are missing or left over.
+    """
+    family = family or recognise(tensors)
+    if family not in FAMILIES:
+        raise ConfigError(f"The family is one of {', '.join(FAMILIES)}, not {family!r}.")
+    try:
+        ours, config = FAMILIES[family](dict(tensors))
+    except KeyError as error:
+        raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
+    config |= settings
+    name, module = CLASSES[family]
+    if unknown := sorted(k for k, v in config.items() if v is None):
+        raise ModelError(f"The checkpoint does not tell {name}'s {', '.join(unknown)}: give them as settings.")
+    model = getattr(import_module(module), name)(**config)
+    expected = model.state_dict()
+    for what, keys in (("lacks", expected.keys() - ours.keys()), ("has left over", ours.keys() - expected.keys()),
+                       ("has in other shapes", {k for k in expected.keys() & ours.keys()
+                                                if expected[k].shape != ours[k].shape})):
+        if keys:
+            some = ", ".join(sorted(keys)[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+            raise ModelError(f"The checkpoint does not fit {name}: it {what} {some}.")
+    model.load_state_dict({k: v.float() for k, v in ours.items()})
+    return model.eval()
+
+
+def load_generator_checkpoint(source: str | Path, family: str | None = None, **settings: Any) -> Any:
+    """A generator in eval mode from a file (.pth, .pt, .ckpt, .bin, .safetensors) as published."""
+    path = Path(source)
+    if not path.is_file():
+        raise ModelError(f"There is no checkpoint at {path}.")
+    return from_state_dict(read_tensors(path), family, **settings)
+
+
+def renamed(tensors: StateDict, rules: Sequence[tuple[str, str]]) -> StateDict:
+    """Every key after all the rules, in turn; ModelError where two become one."""
+    out: StateDict = {}
+    for key, tensor in tensors.items():
+        new = key
+        for pattern, replacement in rules:
+            new = re.sub(pattern, replacement, new)
+        if new in out:
+            raise ModelError(f"Two keys of the checkpoint mean {new}.")
+        out[new] = tensor
+    return out
+
+
+def count(tensors: StateDict, pattern: str) -> int:
+    """One more than the largest number that the pattern finds at the beginning of a key."""
+    return 1 + max((int(m[1]) for m in (re.match(pattern, k) for k in tensors) if m), default=-1)
