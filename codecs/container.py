@@ -10,6 +10,7 @@ refuses with one sentence; what it knows is parsed for ever.
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
@@ -50,6 +51,7 @@ class Coder(IntEnum):
 
     PACKED = 0  # every index equally likely
     STATIC_ANS = 1  # the model's static tables
+    PRIOR = 2  # a learned prior in whole numbers, which the fingerprint covers too
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Container:
     scales: the token grids, coarse to fine, as (rows, columns); groups: indices at each position.
     coder, payload: how the indices are coded, and the code.
     model_id: the constant of a model that vtc ships, 0 for any other.
-    fingerprint: 8 bytes of a hash over what decoding reads of the model.
+    fingerprint: 8 bytes of a hash over what decoding reads of the model; `with_prior` of it where the coder is PRIOR.
     """
 
     height: int
@@ -157,6 +159,11 @@ class Reader:
                     break
                 return value
         raise BitstreamError("A number of the header is wider than 32 bits.")
+
+
+def with_prior(model: bytes, prior: bytes) -> bytes:
+    """The fingerprint in a stream that needs a model and a prior: it names both in the room of one."""
+    return hashlib.sha256(model + prior).digest()[:FINGERPRINT_BYTES]
 
 
 def varint(value: int) -> bytes:

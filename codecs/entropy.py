@@ -106,6 +106,8 @@ def decode(coder: Coder, payload: bytes, layout: TokenLayout, tables: StaticTabl
     """
     if coder == Coder.PACKED:
         return unpack(payload, layout)
+    if coder != Coder.STATIC_ANS:
+        raise ModelError(f"Coder {coder.name} needs more than static tables: decode the stream with TokenCodec.")
     if tables is None:
         raise ModelError("The stream is coded with static tables, and the model has none.")
     return decode_ans(payload, layout, tables)

@@ -1,36 +1,70 @@
 """TokenCodec: images to the bytes of a file and back, with any tokenizer of vtc.
 
-    image -> tokenizer -> indices -> packed or static ANS -> container -> bytes
+    image -> tokenizer -> indices -> packed, static tables or prior -> container -> bytes
 """
 
 from __future__ import annotations
 
 from itertools import chain
+from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vtc.codecs import container, entropy
-from vtc.codecs.container import Container
+from vtc.codecs.container import Coder, Container
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
-from vtc.tokenizers.base import Tokenizer, Tokens
+from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 from vtc.tokenizers.tiling import decode_tiled, encode_tiled
+
+
+class Prior(Protocol):
+    """A learned prior of one grid of tokens, in whole numbers: `vtc.codecs.prior.TokenPrior`.
+
+    The words of the (K, d) codebook are known to it by their vectors, so one prior serves every codebook of a latent
+    space. `decode` is the inverse of `encode` on every machine, and raises BitstreamError where a payload is not
+    exactly the code of such indices.
+    """
+
+    #: 8 bytes that change when anything that decoding reads changes
+    fingerprint: bytes
+
+    def encode(self, indices: NDArray[np.int64], grid: tuple[int, int], codebook: Tensor) -> bytes:
+        """Indices (L,) of a grid of (rows, columns), row by row, to a payload."""
+
+    def decode(self, payload: bytes, grid: tuple[int, int], codebook: Tensor) -> NDArray[np.int64]:
+        """A payload to indices (L,)."""
+
+
+class Concealer(Protocol):
+    """Guesses lost tokens of one grid from their neighbours: `vtc.codecs.concealer.Concealer`."""
+
+    def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
+        """Indices (B, L) int64 with those marked in `lost` (B, L) bool replaced; what is marked is not read."""
 
 
 class TokenCodec:
     """The lossy codec that a tokenizer makes: one self-contained stream per image.
 
-    The tokenizer's fingerprint and tables are read once, here: make the codec after the weights are final.
-    `max_pixels` is the largest image that is decoded; a stream that declares more is refused before anything is
-    allocated.
+    prior: codes the grids of tokenizers with one codebook in fewer bytes than their static tables; streams that use it
+        need it to be decoded, and name it in their fingerprint.
+    concealer: guesses lost tokens; without one, or where it does not fit, they are taken from their neighbours.
+    max_pixels: of the largest image that is decoded; a stream that declares more is refused before anything is
+        allocated.
 
+    The tokenizer's fingerprint, codewords and tables are read once, here: make the codec after the weights are final.
     Raises ModelError where the tokenizer's entropy-coding tables are not valid.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_pixels: int = container.MAX_PIXELS) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prior: Prior | None = None, concealer: Concealer | None = None,
+                 max_pixels: int = container.MAX_PIXELS) -> None:
+        self.tokenizer, self.prior, self.concealer = tokenizer, prior, concealer
         self.max_pixels = max_pixels
         self.fingerprint = tokenizer.fingerprint()
+        codewords = tokenizer.codewords
+        self.codewords = None if codewords is None else codewords.detach().float().cpu()
         table = tokenizer.token_frequencies
         self.tables = None if table is None else entropy.StaticTables(table.detach().long().cpu().numpy())
 
@@ -74,10 +108,34 @@ class TokenCodec:
                               f"{tokens.width}x{tokens.height} pixels.")
         streams = []
         for indices in tokens.indices.cpu().numpy():
-            coder, payload = entropy.encode(indices, layout, self.tables)
+            coder, payload = self._encode(indices, layout)
             streams.append(Container(tokens.height, tokens.width, layout.scales, layout.groups, coder, payload,
-                                     self.tokenizer.model_id, self.fingerprint).to_bytes())
+                                     self.tokenizer.model_id, self._fingerprint(coder)).to_bytes())
         return streams
+
+    def _encode(self, indices: entropy.Indices, layout: TokenLayout) -> tuple[Coder, bytes]:
+        """The shortest code of all that there are for indices (L, G)."""
+        coder, payload = entropy.encode(indices, layout, self.tables)
+        if self.prior is None or self.codewords is None or (len(layout.scales), layout.groups) != (1, 1):
+            return coder, payload
+        learned = self.prior.encode(indices[:, 0], layout.scales[0], self.codewords)
+        return (Coder.PRIOR, learned) if len(learned) < len(payload) else (coder, payload)
+
+    def _decode(self, parsed: Container, layout: TokenLayout) -> entropy.Indices:
+        if parsed.coder != Coder.PRIOR:
+            return entropy.decode(parsed.coder, parsed.payload, layout, self.tables)
+        if self.prior is None or self.codewords is None or (len(layout.scales), layout.groups) != (1, 1):
+            raise ModelError("The stream is coded with a learned prior, which does not fit this model's tokens.")
+        return self.prior.decode(parsed.payload, layout.scales[0], self.codewords)[:, None]
+
+    def _fingerprint(self, coder: Coder) -> bytes:
+        """What a stream needs for decoding: the model, and the prior where it is used."""
+        if coder != Coder.PRIOR:
+            return self.fingerprint
+        if self.prior is None:
+            raise ModelError("The stream is coded with a learned prior, and this codec has none: give TokenCodec the "
+                             "prior that it was made with.")
+        return container.with_prior(self.fingerprint, self.prior.fingerprint)
 
     def decompress_tokens(self, stream: bytes) -> Tokens:
         """The tokens of one stream, as a batch of one, on the tokenizer's device.
@@ -90,7 +148,7 @@ class TokenCodec:
         if (layout.scales, layout.groups) != (parsed.scales, parsed.groups):
             raise ModelError(f"The stream's token layout is not the one that model {parsed.model_id} gives to an image "
                              f"of {parsed.width}x{parsed.height} pixels.")
-        indices = entropy.decode(parsed.coder, parsed.payload, layout, self.tables)
+        indices = self._decode(parsed, layout)
         return Tokens(torch.from_numpy(indices)[None].to(_device(self.tokenizer)), layout, parsed.height, parsed.width)
 
     def _check_model(self, parsed: Container) -> None:
@@ -99,9 +157,11 @@ class TokenCodec:
         if 0 not in (parsed.model_id, ours) and parsed.model_id != ours:
             raise ModelError(f"The stream was made with model {parsed.model_id} (fingerprint "
                              f"{parsed.fingerprint.hex()}), and this is model {ours} ({self.fingerprint.hex()}).")
-        if parsed.fingerprint != self.fingerprint:
-            raise ModelError(f"The stream was made with other weights of model {parsed.model_id}: its fingerprint is "
-                             f"{parsed.fingerprint.hex()}, and this model's is {self.fingerprint.hex()}.")
+        expected = self._fingerprint(parsed.coder)
+        if parsed.fingerprint != expected:
+            what = "another prior or other weights" if parsed.coder == Coder.PRIOR else "other weights"
+            raise ModelError(f"The stream was made with {what} of model {parsed.model_id}: its fingerprint is "
+                             f"{parsed.fingerprint.hex()}, and this model's is {expected.hex()}.")
 
 
 def _device(tokenizer: Tokenizer) -> torch.device:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -108,6 +111,56 @@ def test_a_smooth_picture_uses_the_tables():
     (stream,) = CODECS["grid"].compress(torch.zeros(1, 3, 512, 768))
     parsed = container.parse(stream)
     assert parsed.coder == Coder.STATIC_ANS and len(parsed.payload) < 1536 * 6 / 8 / 2
+
+
+# ---- a prior --------------------------------------------------------------------------------------------------------
+
+class LeftNeighbour:
+    """A prior of the simplest kind: the brightness rank of each word less that of the one before it, as a byte."""
+
+    fingerprint = b"leftleft"
+
+    def encode(self, indices, grid, codebook):
+        assert len(indices) == grid[0] * grid[1] and codebook.shape == (64, 3)
+        ranks = codebook.sum(1).argsort(stable=True).argsort().numpy()[indices]
+        return zlib.compress((np.diff(ranks, prepend=0) % 64).astype(np.uint8).tobytes(), 9)
+
+    def decode(self, payload, grid, codebook):
+        steps = np.frombuffer(zlib.decompress(payload), dtype=np.uint8)
+        return codebook.sum(1).argsort(stable=True).numpy()[np.cumsum(steps.astype(np.int64)) % 64]
+
+
+def with_prior(prior: object) -> TokenCodec:
+    return TokenCodec(TinyGrid(), prior=prior)  # type: ignore[arg-type]
+
+
+def test_the_prior_is_used_where_it_is_shorter_and_the_fingerprint_names_both():
+    codec, plain = with_prior(LeftNeighbour()), CODECS["grid"]
+    smooth = torch.linspace(0, 1, 512).expand(1, 3, 512, 512)
+    (stream,) = codec.compress(smooth)
+    parsed = container.parse(stream)
+    assert parsed.coder == Coder.PRIOR and len(stream) < len(plain.compress(smooth)[0])
+    assert parsed.fingerprint == hashlib.sha256(plain.fingerprint + b"leftleft").digest()[:8]
+    assert torch.equal(codec.decompress([stream])[0], plain.decompress(plain.compress(smooth))[0])
+
+    tiny = picture(16, 16)
+    assert codec.compress(tiny) == plain.compress(tiny)  # a deflate header is longer than one token
+
+
+def test_a_prior_is_left_alone_by_tokens_that_it_does_not_know():
+    for make in (TinyGroups, TinyScales):
+        codec = TokenCodec(make(), prior=LeftNeighbour())
+        assert container.parse(codec.compress(picture(64, 64))[0]).coder != Coder.PRIOR
+
+
+def test_without_the_prior_of_a_stream_there_is_one_sentence():
+    (stream,) = with_prior(LeftNeighbour()).compress(torch.linspace(0, 1, 512).expand(1, 3, 512, 512))
+    with pytest.raises(ModelError, match="learned prior, and this codec has none"):
+        CODECS["grid"].decompress([stream])
+    other = LeftNeighbour()
+    other.fingerprint = b"another."
+    with pytest.raises(ModelError, match="another prior or other weights"):
+        with_prior(other).decompress([stream])
 
 
 # ---- wrong models ---------------------------------------------------------------------------------------------------

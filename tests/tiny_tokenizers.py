@@ -52,6 +52,10 @@ class TinyGrid(Tokenizer):
         self.register_buffer("codebook", colours(4))
         self.token_frequencies = skewed_table(64)[None]
 
+    @property
+    def codewords(self) -> Tensor:
+        return self.get_buffer("codebook")
+
     def layout(self, height: int, width: int) -> TokenLayout:
         return TokenLayout(((-(-height // 16), -(-width // 16)),), (64,))
 

@@ -132,6 +132,14 @@ class Tokenizer(nn.Module):
         """Images in [0, 1] of the true size; `generator` feeds decoders that draw noise."""
         raise NotImplementedError
 
+    @property
+    def codewords(self) -> Tensor | None:
+        """(K, d): the vectors that the indices name, where each position has one index into one codebook; else None.
+
+        A learned prior and a concealer know the words of any codebook by these.
+        """
+        return getattr(getattr(self, "quantizer", None), "codewords", None)
+
     def fingerprint(self) -> bytes:
         """Eight bytes that change when any tensor that decoding reads changes; see `vtc.hub.fingerprint`."""
         return fingerprint(self, self.decoding_prefixes)

@@ -103,7 +103,7 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
     def codec_for(name: str) -> TokenCodec:
         with loading:
             if name not in codecs:
-                codecs[name] = TokenCodec(load_model(name, device), MAX_PIXELS)
+                codecs[name] = TokenCodec(load_model(name, device), max_pixels=MAX_PIXELS)
             return codecs[name]
 
     if model is not None:
