@@ -7,6 +7,8 @@ a URL. A model's configuration names its class, which is looked up in a table: n
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,13 +18,56 @@ from vtc.tokenizers.classes import TOKENIZER_CLASSES
 
 if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer
+    from vtc.tokenizers.tokenizer_family import FamilyMembers
 
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
 #: 0 is every model that vtc does not ship.
-MODEL_IDS = {"localvq-f16-2560": 1}
-#: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
-FINGERPRINTS = {"localvq-f16-2560": "75f4165e1ae0bc05"}
+MODEL_IDS = {
+    "localvq-f16-2560": 1,
+    "localvq-f16-2560-s8": 2,
+    "localvq-f16-2560-s16": 3,
+    "localvq-f16-2560-s32": 4,
+    "localvq-f16-2560-s64": 5,
+    "localvq-f16-2560-s128": 6,
+    "localvq-f16-2560-s256": 7,
+    "localvq-f16-2560-s512": 8,
+    "localvq-f16-2560-s1024": 9,
+    "localvq-f16-2560-s2048": 10,
+}
+#: bundled models that are members of another's family (`vtc.tokenizers.tokenizer_family`): that other and their size
+MEMBERS = {f"localvq-f16-2560-s{size}": ("localvq-f16-2560", size)
+           for size in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
 DEFAULT_MODEL = "localvq-f16-2560"
+
+
+class _Fingerprints(Mapping[str, str]):
+    """Those of single models are written here; those of a family's members stand in its file, read when asked for."""
+
+    def __init__(self, single: dict[str, str]) -> None:
+        self.single = single
+
+    def __getitem__(self, name: str) -> str:
+        if name not in MEMBERS:
+            return self.single[name]
+        base, size = MEMBERS[name]
+        about = family_of(base)
+        if about is None or size not in about.fingerprints:
+            raise KeyError(name)
+        return about.fingerprints[size]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in MODEL_IDS if name in self.single or name in MEMBERS and self._has(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _has(self, name: str) -> bool:
+        about = family_of(MEMBERS[name][0])
+        return about is not None and MEMBERS[name][1] in about.fingerprints
+
+
+#: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
+FINGERPRINTS = _Fingerprints({"localvq-f16-2560": "75f4165e1ae0bc05"})
 
 
 def name_of(model_id: int) -> str | None:
@@ -30,15 +75,22 @@ def name_of(model_id: int) -> str | None:
     return next((name for name, number in MODEL_IDS.items() if number == model_id), None)
 
 
-def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: bool = True) -> Tokenizer:
+def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: bool = True,
+                   size: int | None = None) -> Tokenizer:
     """A tokenizer in eval mode, float32, on the CPU: a bundled name, a local folder, or a repository on the Hub.
 
     allow_download: False keeps away from the network. The names in MODEL_IDS are never looked for outside the
-    installation. Raises ModelError with one sentence where there is no such model or it is damaged.
+    installation.
+    size: the member of the model's family that has so many codewords, see `family_of`; None is the model itself.
+    Raises ModelError with one sentence where there is no such model or it is damaged.
     """
     from vtc import hub
 
     name = str(name_or_path)
+    if name in MEMBERS:
+        if size is not None:
+            raise ModelError(f"The model {name!r} is a member of a family itself; choose another by its own name.")
+        name, size = MEMBERS[name]
     bundled = name in MODEL_IDS
     where = hub.BUNDLED / name if bundled else Path(name)
     if bundled and not where.is_dir():
@@ -56,9 +108,42 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: boo
         raise ModelError(f"The model {name!r} is of class {kind!r}; the tokenizers that vtc knows are "
                          f"{', '.join(TOKENIZER_CLASSES)}.")
     tokenizer: Tokenizer = getattr(import_module(TOKENIZER_CLASSES[kind]), kind).from_pretrained(where.as_posix())
+    if size is not None:
+        from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
+
+        tokenizer = TokenizerFamily.load(hub.fetch(where.as_posix(), FAMILY)).member(tokenizer, size)
+        name = f"{name}-s{size}"
     if bundled:
-        if tokenizer.model_id not in (0, MODEL_IDS[name]):
-            raise ModelError(f"The model {name!r} says its number is {tokenizer.model_id}, not {MODEL_IDS[name]}; "
+        number = MODEL_IDS.get(name, 0)  # a member of a size that vtc does not ship has none
+        if tokenizer.model_id not in (0, number):
+            raise ModelError(f"The model {name!r} says its number is {tokenizer.model_id}, not {number}; "
                              "install vtc again.")
-        tokenizer.model_id = MODEL_IDS[name]
+        tokenizer.model_id = number
     return tokenizer
+
+
+def family_of(name_or_path: str | Path = DEFAULT_MODEL) -> FamilyMembers | None:
+    """Sizes and fingerprints of the smaller models that lie in a model's folder as one file; None where none do.
+
+    Reads the head of that file alone; a repository on the Hub is not asked. Raises ModelError where it is damaged.
+    """
+    from vtc import hub
+    from vtc.tokenizers.tokenizer_family import FAMILY
+
+    name = str(name_or_path)
+    path = (hub.BUNDLED / name if name in MODEL_IDS else Path(name)) / FAMILY
+    return _members(path, path.stat().st_mtime_ns) if path.is_file() else None
+
+
+@lru_cache(maxsize=16)
+def _members(path: Path, changed: int) -> FamilyMembers:
+    from vtc.tokenizers.tokenizer_family import FamilyMembers
+
+    return FamilyMembers.read(path)
+
+
+def size_of(name_or_path: str | Path, fingerprint: bytes) -> int | None:
+    """The size of the member of a model's family that a stream with this fingerprint needs; None: the model itself."""
+    family = family_of(name_or_path)
+    known = {} if family is None else {hexadecimal: size for size, hexadecimal in family.fingerprints.items()}
+    return known.get(fingerprint.hex())
