@@ -62,7 +62,7 @@ def test_residual_stages_code_what_is_left(stages, seed):
     assert out.indices.shape == (2, 5, stages)
     assert torch.equal(quantizer.indices_to_codes(out.indices), out.z_q)
     rest = z
-    for s, member in enumerate(quantizer._members):
+    for s, member in enumerate(quantizer.members):
         part = member(rest)
         assert torch.equal(part.indices, out.indices[..., s])
         rest = rest - part.z_q
@@ -90,7 +90,7 @@ def test_residual_gradient_is_straight_through():
     out = quantizer(z)
     assert torch.equal(torch.autograd.grad(out.z_q, z, cotangent, retain_graph=True)[0], cotangent)
     out.loss.backward()
-    for member in quantizer._members:
+    for member in quantizer.members:
         assert member.codebook.grad.abs().max() > 0
 
 

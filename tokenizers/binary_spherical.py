@@ -1,48 +1,57 @@
 """Binary spherical quantization: signs of a latent on the unit sphere. Zhao et al., BSQ-ViT (2406.07548).
 
 The codes are the corners of the cube inside the sphere, {-1, +1}^d / sqrt(d). Bits of unit-norm latents with
-d in the hundreds are never certain, so the codebook entropy is taken over sub-groups of bits.
+d in the hundreds are never certain, so the codebook entropy is taken over sub-groups of bits, or bit by bit.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.bits import BitOrder, bit_entropies, check_bit_order, check_token_bits, pack_tokens, unpack_tokens
+from vtc.tokenizers.quantizer import Quantizer
 from vtc.tokenizers.straight_through import straight_through
 
 
-class BinarySphericalQuantizer(nn.Module):
+class BinarySphericalQuantizer(Quantizer):
     """Signs of d channels over sqrt(d).
 
     dim: d.
-    group_bits: bits of each sub-group that the codebook entropy has a histogram of; their entropies are added up.
-        9 in BSQ-ViT, 1 in Infinity. It does not touch the indices.
+    group_bits: bits of each sub-group; 9 in BSQ-ViT. It cuts the index into tokens, unless `token_bits` does, and the
+        histogram of codebook_entropy="group".
     commitment: weight of the mean over positions of |z - sg(q)|^2, summed over channels.
     entropy: weight of sample entropy - diversity * codebook entropy (nats); upstream's zeta / inv_temperature.
-    temperature: T in softmax(2 <z, c> / T). The sample entropy is exact and takes O(d), so upstream's two ways to
-        compute it, "group" and "analytical", are one here.
+    temperature: T in softmax(2 <z, c> / T); the inverse of upstream's inv_temperature.
     normalize: project z on the unit sphere first. Off for a caller that has done so.
     token_bits: bits of each index; default one index a sub-group, or all bits in one where a sub-group is one bit.
     bit_order: of the indices; "msb_first" in BSQ-ViT and Infinity.
     reduce_across_ranks: the codebook entropy is the one of all processes' batches together.
+    codebook_entropy: "group": of a histogram of 2^group_bits codes a sub-group, added up over sub-groups, as upstream
+        with persample_entropy_compute="group"; "bit": of two probabilities a bit, added up over bits, as upstream with
+        "analytical", whose per-bit probabilities replace those of the sub-groups (BSQ-ViT's default, and Infinity's).
+        The former is at most the latter; they agree if bits are independent. The sample entropy is the same in both.
     """
+
+    grouped_indices = True
 
     def __init__(self, dim: int, group_bits: int = 9, commitment: float = 0.25, entropy: float = 0.1,
                  diversity: float = 1.0, temperature: float = 1.0, normalize: bool = True,
                  token_bits: tuple[int, ...] | None = None, bit_order: BitOrder = "msb_first",
-                 reduce_across_ranks: bool = True) -> None:
+                 reduce_across_ranks: bool = True, codebook_entropy: Literal["group", "bit"] = "group") -> None:
         super().__init__()
         if group_bits < 1 or dim < 1 or dim % group_bits:
             raise ConfigError(f"{dim} channels do not divide into sub-groups of {group_bits} bits.")
         if temperature <= 0:
             raise ConfigError(f"The temperature must be positive, not {temperature}.")
+        if codebook_entropy not in ("group", "bit"):
+            raise ConfigError(f"codebook_entropy is 'group' or 'bit', not {codebook_entropy!r}.")
         check_bit_order(bit_order)
         self.dim, self.group_bits = dim, group_bits
         self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
@@ -51,7 +60,7 @@ class BinarySphericalQuantizer(nn.Module):
         if token_bits is None:
             token_bits = (dim,) if group_bits == 1 else (group_bits,) * (dim // group_bits)
         self.token_bits = tuple(token_bits)
-        self.reduce_across_ranks = reduce_across_ranks
+        self.reduce_across_ranks, self.codebook_entropy = reduce_across_ranks, codebook_entropy
         check_token_bits(self.token_bits, dim)
 
     @property
@@ -59,49 +68,53 @@ class BinarySphericalQuantizer(nn.Module):
         """Words of each index."""
         return tuple(1 << n for n in self.token_bits)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """`entropy` for the two entropies, `commitment`."""
+        return {"per_sample_entropy": self.entropy, "codebook_entropy": -self.entropy * self.diversity,
+                "commitment": self.commitment}
+
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, d, ...) float. Codes are -1/sqrt(d) and 1/sqrt(d) (a zero becomes negative); indices (B, ..., G)."""
-        z = self._on_sphere(z)
+        self.check_latents(z)
         ones = z > 0
-        codes = self._codes(ones).to(z.dtype)
+        codes = self._codes(ones)
         indices = pack_tokens(ones, self.token_bits, self.bit_order)
         if not self.training:
-            return Quantized(codes, indices, z.new_zeros(()))
-        terms = self._terms(z, ones)
-        spread = terms["per_sample_entropy"] - self.diversity * terms["codebook_entropy"]
-        loss = self.entropy * spread + self.commitment * terms["commitment"]
-        return Quantized(straight_through(z, codes), indices, loss)
+            return Quantized(codes.to(z.dtype), indices, z.new_zeros(()))
+        on_sphere = self._on_sphere(z)
+        loss = self.weighted(self._terms(on_sphere, ones, self.entropy != 0))
+        return Quantized(straight_through(on_sphere, codes).to(z.dtype), indices, loss)
 
     def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms of the loss, in any mode: per_sample_entropy, codebook_entropy, commitment."""
-        z = self._on_sphere(z)
-        return self._terms(z, z > 0)
+        """Unweighted, in either mode: per_sample_entropy, codebook_entropy, commitment."""
+        self.check_latents(z, training=True)
+        return self._terms(self._on_sphere(z), z > 0)
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ..., G) indices to (B, d, ...) codes on the unit sphere, float32."""
-        return self._codes(unpack_tokens(indices, self.token_bits, self.bit_order))
+        return self._codes(unpack_tokens(self.checked_indices(indices), self.token_bits, self.bit_order))
 
     def entropy_logits(self, z: Tensor) -> Tensor:
-        """(B, d, ...) latents on the sphere to (sub-groups, group_bits, samples) logits of each bit being one."""
+        """(B, d, ...) latents on the sphere to (histograms, bits of each, samples) logits of each bit being one."""
         wide = z if z.dtype == torch.float64 else z.float()
-        rows = wide.reshape(z.shape[0], self.dim // self.group_bits, self.group_bits, -1).permute(1, 2, 0, 3)
+        bits = self.group_bits if self.codebook_entropy == "group" else 1
+        rows = wide.reshape(z.shape[0], self.dim // bits, bits, -1).permute(1, 2, 0, 3)
         # Flipping one bit moves 2 <z, c> / T by 4 z / (sqrt(d) T).
-        return rows.reshape(rows.shape[0], self.group_bits, -1) * (4 / (math.sqrt(self.dim) * self.temperature))
+        return rows.reshape(rows.shape[0], bits, -1) * (4 / (math.sqrt(self.dim) * self.temperature))
 
     def _codes(self, ones: Tensor) -> Tensor:
         corner = 1 / math.sqrt(self.dim)
         return torch.where(ones, corner, -corner)
 
     def _on_sphere(self, z: Tensor) -> Tensor:
-        if z.ndim < 2 or z.shape[1] != self.dim:
-            raise ConfigError(f"This quantizer takes (B, {self.dim}, ...) latents, not {tuple(z.shape)}.")
-        if not self.normalize:
-            return z
-        # In half precision the squares overflow and the epsilon of the norm underflows.
-        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1).to(z.dtype)
-
-    def _terms(self, z: Tensor, ones: Tensor) -> dict[str, Tensor]:
+        """In float32 (float64 for float64): in half precision squares overflow and the norm's epsilon underflows."""
         wide = z if z.dtype == torch.float64 else z.float()
+        return F.normalize(wide, dim=1) if self.normalize else wide
+
+    def _terms(self, z: Tensor, ones: Tensor, entropies: bool = True) -> dict[str, Tensor]:
+        commitment = (z - self._codes(ones)).square().sum(1).mean()
+        if not entropies:
+            return {"commitment": commitment}
         per_sample, of_codes = bit_entropies(self.entropy_logits(z), reduce_across_ranks=self.reduce_across_ranks)
-        commitment = (wide - self._codes(ones)).square().sum(1).mean()
         return {"per_sample_entropy": per_sample.sum(), "codebook_entropy": of_codes.sum(), "commitment": commitment}

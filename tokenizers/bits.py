@@ -42,6 +42,14 @@ def check_bit_order(order: str) -> None:
         raise ConfigError(f"The bit order is 'lsb_first' or 'msb_first', not {order!r}.")
 
 
+def check_guard(eps: float, guard: str) -> None:
+    """Raises ConfigError for an unknown guard or a negative eps."""
+    if guard not in get_args(LogGuard):
+        raise ConfigError(f"The guard of a logarithm is 'add' or 'clamp', not {guard!r}.")
+    if not eps >= 0:
+        raise ConfigError(f"The eps of a logarithm is at least 0, not {eps}.")
+
+
 def place_values(bits: int, order: BitOrder, device: torch.device | None = None) -> Tensor:
     """(bits,) int64: what a one in each channel adds to the index."""
     values = 1 << torch.arange(bits, device=device)
@@ -206,6 +214,7 @@ def bit_entropies(logits: Tensor, eps: float = 0.0, guard: LogGuard = "add",
 
     Returns (g,) mean over samples of the sample entropy, and (g,) entropy of the mean.
     """
+    check_guard(eps, guard)
     if logits.shape[1] > MAX_HISTOGRAM_BITS:
         raise ConfigError(f"A histogram of {logits.shape[1]} bits is too large: split the bits into groups of at most "
                           f"{MAX_HISTOGRAM_BITS}.")

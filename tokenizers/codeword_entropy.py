@@ -16,9 +16,9 @@ PIECE = 1 << 22
 
 
 def row_pieces(rows: int, columns: int) -> list[slice]:
-    """Cuts of 0 ... rows such that a piece has about PIECE entries."""
+    """Cuts of 0 ... rows such that a piece has about PIECE entries; an empty one where there are no rows."""
     step = max(1, PIECE // columns)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
 
 
 class _CodewordEntropies(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.codeword_entropy import codeword_entropies, row_pieces
+from vtc.tokenizers.quantizer import Quantizer
 
 
 class _SelectCodeword(torch.autograd.Function):
@@ -47,7 +48,7 @@ def best_codeword(z: Tensor, codebook: Tensor) -> Tensor:
     return torch.cat([(z[piece] @ codebook.T).argmax(1) for piece in row_pieces(len(z), len(codebook))])
 
 
-class IndexBackpropQuantizer(nn.Module):
+class IndexBackpropQuantizer(Quantizer):
     """The codeword of the largest inner product with z; gradients reach all codewords through the softmax.
 
     codebook_size, dim: K (1,024 to 262,144 in the paper) and d.
@@ -55,15 +56,17 @@ class IndexBackpropQuantizer(nn.Module):
         gradient of the softmax and e the plain codeword.
     entropy: weight of sample entropy - codebook entropy of softmax(z E^T / temperature) (0.05 upstream).
     temperature: of the entropies alone.
+    reduce_across_ranks: the codebook entropy is the one of all processes' batches together.
     """
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, entropy: float = 0.0,
-                 temperature: float = 0.01) -> None:
+                 temperature: float = 0.01, reduce_across_ranks: bool = True) -> None:
         super().__init__()
         if codebook_size < 1 or dim < 1 or temperature <= 0:
             raise ConfigError("IBQ needs at least one word, one dimension and a positive temperature.")
         self.codebook_size, self.dim = codebook_size, dim
         self.beta, self.entropy, self.temperature = beta, entropy, temperature
+        self.reduce_across_ranks = reduce_across_ranks
         self.codebook = nn.Parameter(torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size))
 
     @property
@@ -71,45 +74,51 @@ class IndexBackpropQuantizer(nn.Module):
         """Words of the index."""
         return (self.codebook_size,)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """1 and 1, `beta`, `entropy` for the two entropies."""
+        return {"soft_loss": 1.0, "commitment": 1.0, "codebook_loss": self.beta,
+                "per_sample_entropy": self.entropy, "codebook_entropy": -self.entropy}
+
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, d, ...) float. Indices are (B, ...)."""
+        self.check_latents(z)
         flat, codebook, flat_indices = self._choose(z)
         indices = flat_indices.view(z.shape[0], *z.shape[2:])
         if not self.training:
-            return Quantized(self.indices_to_codes(indices).to(z.dtype), indices, z.new_zeros(()))
+            return Quantized(self._lookup(indices).to(z.dtype), indices, z.new_zeros(()))
         codes = _SelectCodeword.apply(flat, codebook, flat_indices)
-        terms = self._distances(flat, codes, codebook[flat_indices])
-        loss = terms["soft_loss"] + terms["commitment"] + self.beta * terms["codebook_loss"]
-        if self.entropy:
-            entropies = self._entropies(flat, codebook)
-            loss = loss + self.entropy * (entropies["per_sample_entropy"] - entropies["codebook_entropy"])
         z_q = codes.view(z.shape[0], *z.shape[2:], self.dim).movedim(-1, 1).to(z.dtype)
-        return Quantized(z_q, indices, loss)
+        terms = self._terms(flat, codebook, flat_indices, codes, self.entropy != 0)
+        return Quantized(z_q, indices, self.weighted(terms))
 
     def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms of the loss, in any mode: soft_loss, commitment, codebook_loss and the two entropies."""
+        """Unweighted, in either mode: soft_loss, commitment, codebook_loss and the two entropies."""
+        self.check_latents(z, training=True)
         flat, codebook, indices = self._choose(z)
-        codes = _SelectCodeword.apply(flat, codebook, indices)
-        return {**self._distances(flat, codes, codebook[indices]), **self._entropies(flat, codebook)}
+        return self._terms(flat, codebook, indices, _SelectCodeword.apply(flat, codebook, indices))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ...) indices to (B, d, ...) codewords."""
+        return self._lookup(self.checked_indices(indices))
+
+    def _lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices].movedim(-1, 1)
 
     def _choose(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, d) latents, (K, d) codebook of the same wide type, (N,) indices."""
-        if z.ndim < 2 or z.shape[1] != self.dim:
-            raise ConfigError(f"This quantizer takes (B, {self.dim}, ...) latents, not {tuple(z.shape)}.")
         flat = z.movedim(1, -1).reshape(-1, self.dim)
         flat = flat if flat.dtype == torch.float64 else flat.float()
         codebook = self.codebook.to(flat.dtype)
         with torch.autocast(z.device.type, enabled=False):
             return flat, codebook, best_codeword(flat.detach(), codebook.detach())
 
-    def _distances(self, flat: Tensor, codes: Tensor, plain: Tensor) -> dict[str, Tensor]:
-        return {"soft_loss": F.mse_loss(codes, flat), "commitment": F.mse_loss(flat, plain.detach()),
-                "codebook_loss": F.mse_loss(plain, flat.detach())}
-
-    def _entropies(self, flat: Tensor, codebook: Tensor) -> dict[str, Tensor]:
-        per_sample, of_codes = codeword_entropies(flat / self.temperature, codebook)
-        return {"per_sample_entropy": per_sample, "codebook_entropy": of_codes}
+    def _terms(self, flat: Tensor, codebook: Tensor, indices: Tensor, codes: Tensor,
+               entropies: bool = True) -> dict[str, Tensor]:
+        plain = codebook[indices]
+        terms = {"soft_loss": F.mse_loss(codes, flat), "commitment": F.mse_loss(flat, plain.detach()),
+                 "codebook_loss": F.mse_loss(plain, flat.detach())}
+        if entropies:
+            terms["per_sample_entropy"], terms["codebook_entropy"] = codeword_entropies(
+                flat / self.temperature, codebook, reduce_across_ranks=self.reduce_across_ranks)
+        return terms

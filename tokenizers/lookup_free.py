@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
@@ -20,10 +20,13 @@ from vtc.tokenizers.bits import (
     LogGuard,
     bit_entropies,
     check_bit_order,
+    check_guard,
     check_token_bits,
+    guarded_log,
     pack_tokens,
     unpack_tokens,
 )
+from vtc.tokenizers.quantizer import Quantizer
 from vtc.tokenizers.straight_through import straight_through
 
 
@@ -33,10 +36,12 @@ def annealed_entropy_weight(step: int, weight: float = 0.1, boost: float = 3.0, 
     Large codebooks start to be used when the entropy term rules at first (MAGVIT-v2). A training loop assigns it:
     `quantizer.entropy = annealed_entropy_weight(step)`.
     """
+    if over < 1:
+        raise ConfigError(f"The entropy weight goes down over at least one step, not {over}.")
     return weight * (1 + boost * max(0.0, 1 - step / over))
 
 
-class GroupLFQ(nn.Module):
+class GroupLFQ(Quantizer):
     """Signs of g groups of d' consecutive channels, an index a group.
 
     groups, bits: g and d'. Latents have g * d' channels.
@@ -51,12 +56,16 @@ class GroupLFQ(nn.Module):
     bit_order: of the indices; "lsb_first" in WeTok and Open-MAGVIT2, "msb_first" in lucidrains' LFQ.
     token_bits: bits of each index where tokens are cut otherwise than groups (Open-MAGVIT2: 18 bits as 6 + 12).
     reduce_across_ranks: the codebook entropy is the one of all processes' batches together, not of each alone.
-    compat: "upstream" takes the entropies by a softmax over all 2^d' codes in the published code's order of operations,
-        rounding included, a rank at a time: for comparing a training step digit by digit. It is slow and large, and
-        its float32 gradient is farther from the true one than the closed form's.
+    compat: None, the default, is the closed form of `bits.py`; "upstream" takes the entropies by a softmax over all
+        2^d' codes in the published code's order of operations, a rank at a time. The two are one function and differ by
+        rounding: float32 gradients by a few 1e-6, so a comparison with upstream's own numbers to the last digits needs
+        "upstream". It is slow and large, and the farther one from the true gradient. (With guard="clamp" it also clamps
+        the probabilities of single samples, as lucidrains' LFQ does, which the closed form cannot.)
 
     There is no state: nothing of it stands in a state dict.
     """
+
+    grouped_indices = True
 
     def __init__(self, groups: int, bits: int, commitment: float = 0.25, entropy: float = 0.1, diversity: float = 1.0,
                  temperature: float = 0.01, codebook_entropy: Literal["pooled", "per_group"] = "pooled",
@@ -73,6 +82,7 @@ class GroupLFQ(nn.Module):
         if compat not in (None, "upstream"):
             raise ConfigError(f"compat is None or 'upstream', not {compat!r}.")
         check_bit_order(bit_order)
+        check_guard(eps, guard)
         self.groups, self.bits, self.dim = groups, bits, groups * bits
         self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
         self.temperature, self.codebook_entropy, self.eps = temperature, codebook_entropy, eps
@@ -87,43 +97,49 @@ class GroupLFQ(nn.Module):
         """Words of each index."""
         return tuple(1 << n for n in self.token_bits)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """`entropy` for the two entropies, `commitment`."""
+        return {"per_sample_entropy": self.entropy, "codebook_entropy": -self.entropy * self.diversity,
+                "commitment": self.commitment}
+
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, g d', ...) float. Codes are -1 and +1 (a zero becomes -1); indices are (B, ..., G)."""
-        self._check(z)
+        self.check_latents(z)
         ones = z > 0
         codes = torch.where(ones, 1.0, -1.0).to(z.dtype)
         indices = pack_tokens(ones, self.token_bits, self.bit_order)
         if not self.training:
             return Quantized(codes, indices, z.new_zeros(()))
-        return Quantized(straight_through(z, codes), indices, self._total(self._terms(z, codes)))
+        return Quantized(straight_through(z, codes), indices, self.weighted(self._terms(z, codes, self.entropy != 0)))
 
     def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms of the loss, in any mode: per_sample_entropy, codebook_entropy, commitment."""
-        self._check(z)
+        """Unweighted, in either mode: per_sample_entropy, codebook_entropy, commitment."""
+        self.check_latents(z, training=True)
         return self._terms(z, torch.where(z > 0, 1.0, -1.0).to(z.dtype))
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ..., G) indices to (B, g d', ...) codes of -1 and +1, float32."""
-        return torch.where(unpack_tokens(indices, self.token_bits, self.bit_order), 1.0, -1.0)
+        ones = unpack_tokens(self.checked_indices(indices), self.token_bits, self.bit_order)
+        return torch.where(ones, 1.0, -1.0)
 
-    def _check(self, z: Tensor) -> None:
-        if z.ndim < 2 or z.shape[1] != self.dim:
-            raise ConfigError(f"This quantizer takes (B, {self.dim}, ...) latents, not {tuple(z.shape)}.")
-
-    def _terms(self, z: Tensor, codes: Tensor) -> dict[str, Tensor]:
+    def _terms(self, z: Tensor, codes: Tensor, entropies: bool = True) -> dict[str, Tensor]:
         wide = z if z.dtype == torch.float64 else z.float()
+        commitment = F.mse_loss(wide, codes.to(wide.dtype))
+        if not entropies:
+            return {"commitment": commitment}
         rows = wide.reshape(z.shape[0], self.groups, self.bits, -1)  # B, g, d', positions
         if self.codebook_entropy == "pooled":
             rows = rows.permute(2, 1, 0, 3).reshape(1, self.bits, -1)
         else:
             rows = rows.permute(1, 2, 0, 3).reshape(self.groups, self.bits, -1)
         if self.compat == "upstream":
-            per_sample, of_codes = self._entropies_by_softmax(wide.flatten(2))
+            per_sample, of_codes = self._entropies_by_softmax(wide.reshape(z.shape[0], self.dim, -1))
         else:  # flipping one bit moves 2 <u, c> / T by 4 u / T
             per_sample, of_codes = bit_entropies(rows * (4 / self.temperature), self.eps, self.guard,
                                                  self.reduce_across_ranks)
         return {"per_sample_entropy": per_sample.mean(), "codebook_entropy": of_codes.mean(),
-                "commitment": F.mse_loss(wide, codes.to(wide.dtype))}
+                "commitment": commitment}
 
     def _entropies_by_softmax(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """(B, g d', positions) latents to each group's sample entropy and each histogram's codebook entropy."""
@@ -133,15 +149,8 @@ class GroupLFQ(nn.Module):
         logits = 2 * torch.einsum("...d,jd->...j", rows, codes) / self.temperature
         p = logits.softmax(-1)
         mean = p.mean((0, 1, 2) if self.codebook_entropy == "pooled" else (0, 1))
-        if self.guard == "clamp":
-            log_p, log_mean = p.clamp(min=self.eps).log(), mean.clamp(min=self.eps).log()
-        else:
-            log_p, log_mean = (logits + self.eps).log_softmax(-1), (mean + self.eps).log()
-        return -(p * log_p).sum(-1).mean((0, 1)), -(mean * log_mean).sum(-1)
-
-    def _total(self, terms: dict[str, Tensor]) -> Tensor:
-        spread = terms["per_sample_entropy"] - self.diversity * terms["codebook_entropy"]
-        return self.entropy * spread + self.commitment * terms["commitment"]
+        log_p = guarded_log(p, self.eps, "clamp")[0] if self.guard == "clamp" else (logits + self.eps).log_softmax(-1)
+        return -(p * log_p).sum(-1).mean((0, 1)), -(mean * guarded_log(mean, self.eps, self.guard)[0]).sum(-1)
 
 
 class LFQ(GroupLFQ):

@@ -12,7 +12,7 @@ Han et al., Infinity (2412.04431).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,9 @@ class MultiScaleBinaryQuantizer(MultiScaleQuantizer):
 
     dim: d; 32 (2B) and 56 (8B) in Infinity.
     scales: the grids; the last one is the map's size. Every method takes another list.
-    commitment, entropy, diversity, temperature: of each scale's `BinarySphericalQuantizer` with histograms of single
-        bits (upstream's inverse temperature is 100); the loss is the mean over scales.
+    commitment, entropy, diversity, temperature, reduce_across_ranks: of the `BinarySphericalQuantizer`, `bsq`, that all
+        scales share, with histograms of single bits (upstream's inverse temperature is 100); the loss is the mean over
+        scales. To change a weight while training, assign to `bsq`'s: `quantizer.bsq.entropy = 0.2`.
     token_bits: bits of each index, default one index for all d; Infinity's generator predicts each bit by itself,
         which is (1,) * d.
     bit_order: of indices of more than one bit.
@@ -43,12 +44,15 @@ class MultiScaleBinaryQuantizer(MultiScaleQuantizer):
     Indices are (B, L, G), scale after scale, each row by row.
     """
 
+    grouped_indices = True
+
     def __init__(self, dim: int, scales: Sequence[Scale] = INFINITY_1M, commitment: float = 0.25, entropy: float = 0.1,
                  diversity: float = 1.0, temperature: float = 0.01, token_bits: tuple[int, ...] | None = None,
-                 bit_order: BitOrder = "msb_first") -> None:
+                 bit_order: BitOrder = "msb_first", reduce_across_ranks: bool = True) -> None:
         super().__init__(dim, scales)
         self.bsq = BinarySphericalQuantizer(dim, 1, commitment, entropy, diversity, temperature,
-                                            token_bits=token_bits, bit_order=bit_order)
+                                            token_bits=token_bits, bit_order=bit_order,
+                                            reduce_across_ranks=reduce_across_ranks)
 
     @property
     def vocab(self) -> tuple[int, ...]:
@@ -65,21 +69,37 @@ class MultiScaleBinaryQuantizer(MultiScaleQuantizer):
         """Order of the bits in an index."""
         return self.bsq.bit_order
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Those of `bsq`."""
+        return self.bsq.loss_weights
+
     def forward(self, z: Tensor, scales: Sequence[Scale] | None = None) -> Quantized:
         """z: (B, d, H, W) float, of the last scale's size. Indices are (B, L, G)."""
         steps = self.grids_of(scales)
-        self.check_latents(z, steps)
+        self.check_map(z, steps)
         with torch.autocast(z.device.type, enabled=False):
-            rest = z if z.dtype == torch.float64 else z.float()
-            total = torch.zeros_like(rest)
-            indices, losses = [], []
-            for size in steps:
-                part = self.bsq(resize_area(rest, size))
-                step = _enlarge(part.z_q, steps[-1])
-                total, rest = total + step, rest - step.detach()
-                indices.append(part.indices.flatten(1, 2))
-                losses.append(part.loss)
-        return Quantized(total.to(z.dtype), torch.cat(indices, 1), torch.stack(losses).mean())
+            _, parts, added = zip(*self._walk(z, steps), strict=True)
+            return Quantized(sum(added).to(z.dtype), torch.cat([part.indices.flatten(1, 2) for part in parts], 1),
+                             torch.stack([part.loss for part in parts]).mean())
+
+    def loss_terms(self, z: Tensor, scales: Sequence[Scale] | None = None) -> dict[str, Tensor]:
+        """Unweighted, in either mode: per_sample_entropy, codebook_entropy, commitment, means over the scales."""
+        steps = self.grids_of(scales)
+        self.check_map(z, steps, training=True)
+        with torch.autocast(z.device.type, enabled=False):
+            terms = [self.bsq.loss_terms(small) for small, _, _ in self._walk(z, steps)]
+        return {name: torch.stack([of_scale[name] for of_scale in terms]).mean() for name in self.loss_weights}
+
+    def _walk(self, z: Tensor, steps: tuple[Grid, ...]) -> Iterator[tuple[Tensor, Quantized, Tensor]]:
+        """Each scale's latents, (B, d, h, w), what `bsq` makes of them, and what that adds, (B, d, H, W)."""
+        rest = z if z.dtype == torch.float64 else z.float()
+        for size in steps:
+            small = resize_area(rest, size)
+            part = self.bsq(small)
+            step = _enlarge(part.z_q, steps[-1])
+            rest = rest - step.detach()
+            yield small, part, step
 
     def step(self, indices: Tensor, number: int, steps: tuple[Grid, ...]) -> Tensor:
         return _enlarge(self.bsq.indices_to_codes(indices), steps[-1])
@@ -100,7 +120,7 @@ class MultiScaleBinaryQuantizer(MultiScaleQuantizer):
         target indices (B, L, G), the true bits of each scale given the flipped ones before it.
         """
         steps = self.grids_of(scales)
-        self.check_latents(z, steps)
+        self.check_map(z, steps)
         if not 0 <= strength <= 1:
             raise ConfigError(f"The strength is a probability, not {strength}.")
         rest, targets, flipped = z.float(), [], []
@@ -118,7 +138,7 @@ class MultiScaleBinaryQuantizer(MultiScaleQuantizer):
 
     def bits(self, indices: Tensor) -> Tensor:
         """(B, L, G) indices to (B, L, d) bits, whatever tokens they are cut into."""
-        return unpack_tokens(indices, self.token_bits, self.bit_order).movedim(1, -1)
+        return unpack_tokens(self.checked_indices(indices), self.token_bits, self.bit_order).movedim(1, -1)
 
     def _pack(self, bits: Tensor) -> Tensor:
         return pack_tokens(bits, self.token_bits, self.bit_order)

@@ -13,7 +13,7 @@ convolution blended with the identity, and a few of them are shared out over the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.kmeans import kmeans
+from vtc.tokenizers.ranks import from_first_rank
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer, Scale, resize_area
 from vtc.tokenizers.straight_through import straight_through
 from vtc.tokenizers.vector_quantizer import nearest_codeword
@@ -84,24 +85,42 @@ class MultiScaleResidualQuantizer(MultiScaleQuantizer):
         """Words of the index."""
         return (self.codebook_size,)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """1 and `beta`."""
+        return {"codebook_loss": 1.0, "commitment": self.beta}
+
     def forward(self, z: Tensor, scales: Sequence[Scale] | None = None) -> Quantized:
         """z: (B, d, H, W) float, of the last scale's size. Indices are (B, L)."""
         steps = self.grids_of(scales)
-        self.check_latents(z, steps)
+        self.check_map(z, steps)
         with torch.autocast(z.device.type, enabled=False):  # what ten steps leave over needs its precision
             f = z if z.dtype == torch.float64 else z.float()
-            rest, f_hat = f.detach(), torch.zeros_like(f)
-            indices, losses = [], []
-            for number, size in enumerate(steps):
-                chosen = self.nearest(resize_area(rest, size))
-                step = self.step(chosen, number, steps)
-                f_hat, rest = f_hat + step, rest - step.detach()
-                indices.append(chosen.flatten(1))
-                if self.training:
-                    losses.append(F.mse_loss(f_hat, f.detach()) + self.beta * F.mse_loss(f, f_hat.detach()))
-            loss = torch.stack(losses).mean() if losses else f.new_zeros(())
-        z_q = straight_through(z, f_hat) if self.training else f_hat.to(z.dtype)
-        return Quantized(z_q, torch.cat(indices, 1), loss)
+            indices, sums = zip(*self._walk(f, steps), strict=True)
+            loss = self.weighted(self._terms(f, sums)) if self.training else f.new_zeros(())
+        z_q = straight_through(z, sums[-1]) if self.training else sums[-1].to(z.dtype)
+        return Quantized(z_q, torch.cat([chosen.flatten(1) for chosen in indices], 1), loss)
+
+    def loss_terms(self, z: Tensor, scales: Sequence[Scale] | None = None) -> dict[str, Tensor]:
+        """Unweighted, in either mode: codebook_loss and commitment, means over the scales."""
+        steps = self.grids_of(scales)
+        self.check_map(z, steps, training=True)
+        with torch.autocast(z.device.type, enabled=False):
+            f = z if z.dtype == torch.float64 else z.float()
+            return self._terms(f, [total for _, total in self._walk(f, steps)])
+
+    def _walk(self, f: Tensor, steps: tuple[Grid, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each scale's indices, (B, h, w), and the sum after it, (B, d, H, W)."""
+        rest, f_hat = f.detach(), torch.zeros_like(f)
+        for number, size in enumerate(steps):
+            chosen = self.nearest(resize_area(rest, size))
+            step = self.step(chosen, number, steps)
+            f_hat, rest = f_hat + step, rest - step.detach()
+            yield chosen, f_hat
+
+    def _terms(self, f: Tensor, sums: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {"codebook_loss": torch.stack([F.mse_loss(total, f.detach()) for total in sums]).mean(),
+                "commitment": torch.stack([F.mse_loss(f, total.detach()) for total in sums]).mean()}
 
     def nearest(self, z: Tensor) -> Tensor:
         """(B, d, h, w) to (B, h, w) indices of the nearest words."""
@@ -123,4 +142,4 @@ class MultiScaleResidualQuantizer(MultiScaleQuantizer):
     def start_from(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the codebook to the K-means centres of (N, d) vectors, such as latents and their area means."""
         found = kmeans(latents.float(), self.codebook_size, start="random", iterations=10, generator=generator)
-        self.codebook.copy_(found.centres)
+        self.codebook.copy_(from_first_rank(found.centres))

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from vtc.errors import ConfigError
+from vtc.tokenizers.quantizer import Quantizer
 
 Scale = int | tuple[int, int]
 Grid = tuple[int, int]
@@ -40,7 +41,7 @@ def resize_area(x: Tensor, size: Grid) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(Quantizer):
     """Base: the code of a map is the sum of a step for each grid of tokens, coarse to fine.
 
     A kind of its own says what a grid's tokens add (`step`) and how a sum is shown to the next grid (`shown_at`).
@@ -63,8 +64,9 @@ class MultiScaleQuantizer(nn.Module):
         """The given scales, or the constructor's."""
         return self.scales if scales is None else grids(scales)
 
-    def check_latents(self, z: Tensor, steps: tuple[Grid, ...]) -> None:
+    def check_map(self, z: Tensor, steps: tuple[Grid, ...], training: bool | None = None) -> None:
         """ConfigError unless z is (B, d, H, W) of the last grid's size."""
+        self.check_latents(z, training)
         if z.ndim != 4 or z.shape[1] != self.dim or tuple(z.shape[-2:]) != steps[-1]:
             raise ConfigError(f"These scales take (B, {self.dim}, {steps[-1][0]}, {steps[-1][1]}) latents, "
                               f"not {tuple(z.shape)}; give the scales of this size.")
@@ -87,7 +89,7 @@ class MultiScaleQuantizer(nn.Module):
 
         indices: (B, h, w, ...).
         """
-        step = self.step(indices, number, self.grids_of(scales))
+        step = self.step(self.checked_indices(indices), number, self.grids_of(scales))
         return step if total is None else total + step
 
     def next_scale_input(self, total: Tensor, number: int, scales: Sequence[Scale] | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.codeword_entropy import codeword_entropies
 from vtc.tokenizers.kmeans import kmeans
+from vtc.tokenizers.quantizer import Quantizer
 from vtc.tokenizers.ranks import from_first_rank, sum_over_ranks
 from vtc.tokenizers.straight_through import straight_through
 
@@ -36,7 +37,14 @@ def nearest_codeword(z: Tensor, codebook: Tensor, chunk: int = 16384) -> Tensor:
         return torch.cat([(part @ codebook.T).neg_().add_(half_norms).argmin(1) for part in z.split(rows)])
 
 
-class NearestCodeword(nn.Module):
+def check_averages(decay: float, dead_below: float, smoothing: float = 0.0) -> None:
+    """Raises ConfigError for moving averages that cannot be."""
+    if not 0 <= decay <= 1 or not 0 <= dead_below <= 1 or not smoothing >= 0:
+        raise ConfigError("Moving averages take a decay and a dead_below from 0 to 1 and a smoothing of at least 0, "
+                          f"not {decay}, {dead_below} and {smoothing}.")
+
+
+class NearestCodeword(Quantizer):
     """What both kinds share: (B, d, ...) latents to the nearest of K codewords and back.
 
     With `normalize`, latents and codewords are projected on the unit sphere before they are compared, and the
@@ -63,6 +71,9 @@ class NearestCodeword(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """(B, ...) indices to (B, d, ...) codewords."""
+        return self._lookup(self.checked_indices(indices))
+
+    def _lookup(self, indices: Tensor) -> Tensor:
         codes = self.codebook[indices]
         return (F.normalize(codes, dim=-1) if self.normalize else codes).movedim(-1, 1)
 
@@ -71,20 +82,23 @@ class NearestCodeword(nn.Module):
         latents = latents.float()
         centres = kmeans(F.normalize(latents, dim=1) if self.normalize else latents, self.codebook_size,
                          start="random", iterations=10, generator=generator).centres
+        centres = from_first_rank(centres.to(self.codebook.device).contiguous())
         self._set_codebook(F.normalize(centres, dim=1) if self.normalize else centres)
 
     @torch.no_grad()
     def _set_codebook(self, codebook: Tensor) -> None:
         self.codebook.copy_(codebook)
-        from_first_rank(self.codebook.data)
 
     def _flat(self, z: Tensor) -> Tensor:
         """(B, d, ...) to (N, d), float32 or float64, on the sphere if asked for."""
-        if z.ndim < 2 or z.shape[1] != self.dim:
-            raise ConfigError(f"This quantizer takes (B, {self.dim}, ...) latents, not {tuple(z.shape)}.")
         flat = z.movedim(1, -1).reshape(-1, self.dim)
         flat = flat if flat.dtype == torch.float64 else flat.float()
         return F.normalize(flat, dim=1) if self.normalize else flat
+
+    def _choose(self, flat: Tensor) -> tuple[Tensor, Tensor]:
+        """(N, d) latents to the (K, d) codewords in their type, and the (N,) indices of the nearest."""
+        codewords = self.codewords.to(flat.dtype)
+        return codewords, nearest_codeword(flat.detach(), codewords.detach())
 
     def _unflat(self, flat: Tensor, z: Tensor) -> Tensor:
         """(N, d) back to the shape and type of z."""
@@ -111,6 +125,7 @@ class VectorQuantizer(NearestCodeword):
     def __init__(self, codebook_size: int, dim: int, commitment: float = 0.25, decay: float = 0.99,
                  dead_below: float = 0.03, normalize: bool = False, smoothing: float = 0.0) -> None:
         super().__init__(codebook_size, dim, normalize)
+        check_averages(decay, dead_below, smoothing)
         self.commitment, self.decay, self.dead_below, self.smoothing = commitment, decay, dead_below, smoothing
         codebook = torch.randn(codebook_size, dim)
         self.register_buffer("codebook", F.normalize(codebook, dim=1) if normalize else codebook)
@@ -118,18 +133,30 @@ class VectorQuantizer(NearestCodeword):
         self.register_buffer("ema_counts", torch.ones(codebook_size), persistent=False)
         self.register_buffer("ema_sums", self.codebook.clone(), persistent=False)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """`commitment`."""
+        return {"commitment": self.commitment}
+
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, d, ...) float. Indices are (B, ...)."""
+        self.check_latents(z)
         flat = self._flat(z)
-        flat_indices = nearest_codeword(flat.detach(), self.codewords.to(flat.dtype))
+        codewords, flat_indices = self._choose(flat)
         indices = flat_indices.view(z.shape[0], *z.shape[2:])
-        codes = self.indices_to_codes(indices).to(z.dtype)
         if not self.training:
-            return Quantized(codes, indices, z.new_zeros(()))
-        self._follow(flat.detach().float(), flat_indices)
-        compared = self._unflat(flat, z) if self.normalize else z
-        loss = self.commitment * F.mse_loss(compared, codes.detach())
-        return Quantized(straight_through(compared, codes), indices, loss)
+            return Quantized(self._lookup(indices).to(z.dtype), indices, z.new_zeros(()))
+        codes = codewords[flat_indices]
+        self._follow(flat.detach(), flat_indices)
+        return Quantized(self._unflat(straight_through(flat, codes), z), indices,
+                         self.weighted({"commitment": F.mse_loss(flat, codes)}))
+
+    def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
+        """Unweighted, in either mode: commitment."""
+        self.check_latents(z, training=True)
+        flat = self._flat(z)
+        codewords, indices = self._choose(flat)
+        return {"commitment": F.mse_loss(flat, codewords[indices])}
 
     @torch.no_grad()
     def _set_codebook(self, codebook: Tensor) -> None:
@@ -144,7 +171,10 @@ class VectorQuantizer(NearestCodeword):
 
     @torch.no_grad()
     def _follow(self, latents: Tensor, indices: Tensor) -> None:
-        counts = sum_over_ranks(torch.bincount(indices, minlength=self.codebook_size).float())
+        if self.ema_sums.dtype in (torch.float16, torch.bfloat16):  # a model was cast, but averages need digits
+            self.ema_counts, self.ema_sums = self.ema_counts.float(), self.ema_sums.float()
+        counts = sum_over_ranks(torch.bincount(indices, minlength=self.codebook_size).to(self.ema_counts))
+        latents = latents.to(self.ema_sums)
         sums = sum_over_ranks(torch.zeros_like(self.ema_sums).index_add_(0, indices, latents))
         self.ema_counts.lerp_(counts, 1 - self.decay)
         self.ema_sums.lerp_(sums, 1 - self.decay)
@@ -171,58 +201,64 @@ class GradientVectorQuantizer(NearestCodeword):
     entropy: weight of sample entropy - codebook entropy of softmax(-|z - e|^2 / temperature) (LlamaGen: 0.1 or 0).
     dead_below: before a step, a codeword whose moving average of counts is below this share of the mean is moved onto
         a latent of the batch; 0: never. The optimizer's own averages for it are left to fade.
+    decay: of that moving average.
+    reduce_across_ranks: the codebook entropy is the one of all processes' batches together. Counts always are.
     """
 
     ema_counts: Tensor
 
     def __init__(self, codebook_size: int, dim: int, beta: float = 0.25, legacy: bool = False, normalize: bool = False,
                  entropy: float = 0.0, temperature: float = 0.01, dead_below: float = 0.0,
-                 decay: float = 0.99) -> None:
+                 decay: float = 0.99, reduce_across_ranks: bool = True) -> None:
         super().__init__(codebook_size, dim, normalize)
+        check_averages(decay, dead_below)
         if temperature <= 0:
             raise ConfigError(f"The temperature must be positive, not {temperature}.")
         self.beta, self.legacy, self.entropy, self.temperature = beta, legacy, entropy, temperature
-        self.dead_below, self.decay = dead_below, decay
+        self.dead_below, self.decay, self.reduce_across_ranks = dead_below, decay, reduce_across_ranks
         codebook = torch.empty(codebook_size, dim).uniform_(-1 / codebook_size, 1 / codebook_size)
         self.codebook = nn.Parameter(F.normalize(codebook, dim=1) if normalize else codebook)
         self.register_buffer("ema_counts", torch.ones(codebook_size), persistent=False)
 
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """1 and `beta`, or the other way round with `legacy`; `entropy` for the two entropies."""
+        first, second = (self.beta, 1.0) if self.legacy else (1.0, self.beta)
+        return {"codebook_loss": first, "commitment": second,
+                "per_sample_entropy": self.entropy, "codebook_entropy": -self.entropy}
+
     def forward(self, z: Tensor) -> Quantized:
         """z: (B, d, ...) float. Indices are (B, ...)."""
+        self.check_latents(z)
         flat = self._flat(z)
         if self.training and self.dead_below:
             self._revive(flat.detach())
-        codewords = self.codewords.to(flat.dtype)
-        flat_indices = nearest_codeword(flat.detach(), codewords.detach())
+        codewords, flat_indices = self._choose(flat)
         indices = flat_indices.view(z.shape[0], *z.shape[2:])
-        codes = codewords[flat_indices]
         if not self.training:
-            return Quantized(self._unflat(codes, z), indices, z.new_zeros(()))
+            return Quantized(self._lookup(indices).to(z.dtype), indices, z.new_zeros(()))
+        codes = codewords[flat_indices]
         if self.dead_below:
-            counts = sum_over_ranks(torch.bincount(flat_indices, minlength=self.codebook_size).float())
+            counts = sum_over_ranks(torch.bincount(flat_indices, minlength=self.codebook_size).to(self.ema_counts))
             self.ema_counts.lerp_(counts, 1 - self.decay)
-        terms = self._distances(flat, codes)
-        first, second = (self.beta, 1.0) if self.legacy else (1.0, self.beta)
-        loss = first * terms["codebook_loss"] + second * terms["commitment"]
-        if self.entropy:
-            entropies = self._entropies(flat, codewords)
-            loss = loss + self.entropy * (entropies["per_sample_entropy"] - entropies["codebook_entropy"])
+        loss = self.weighted(self._terms(flat, codewords, codes, self.entropy != 0))
         return Quantized(self._unflat(straight_through(flat, codes), z), indices, loss)
 
     def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
-        """The unweighted terms of the loss, in any mode: codebook_loss, commitment and the two entropies."""
-        flat, codewords = self._flat(z), self.codewords
-        codes = codewords[nearest_codeword(flat.detach(), codewords.detach())]
-        return {**self._distances(flat, codes), **self._entropies(flat, codewords)}
+        """Unweighted, in either mode: codebook_loss, commitment and the two entropies."""
+        self.check_latents(z, training=True)
+        flat = self._flat(z)
+        codewords, indices = self._choose(flat)
+        return self._terms(flat, codewords, codewords[indices])
 
-    def _distances(self, flat: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        return {"codebook_loss": F.mse_loss(codes, flat.detach()), "commitment": F.mse_loss(flat, codes.detach())}
-
-    def _entropies(self, flat: Tensor, codewords: Tensor) -> dict[str, Tensor]:
-        # -|z - e|^2 without |z|^2, which a softmax over the codewords does not see
-        bias = -codewords.square().sum(1) / self.temperature
-        per_sample, of_codes = codeword_entropies(flat * (2 / self.temperature), codewords, bias)
-        return {"per_sample_entropy": per_sample, "codebook_entropy": of_codes}
+    def _terms(self, flat: Tensor, codewords: Tensor, codes: Tensor, entropies: bool = True) -> dict[str, Tensor]:
+        terms = {"codebook_loss": F.mse_loss(codes, flat.detach()), "commitment": F.mse_loss(flat, codes.detach())}
+        if entropies:
+            # -|z - e|^2 without |z|^2, which a softmax over the codewords does not see
+            bias = -codewords.square().sum(1) / self.temperature
+            terms["per_sample_entropy"], terms["codebook_entropy"] = codeword_entropies(
+                flat * (2 / self.temperature), codewords, bias, reduce_across_ranks=self.reduce_across_ranks)
+        return terms
 
     @torch.no_grad()
     def _set_codebook(self, codebook: Tensor) -> None:
