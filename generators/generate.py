@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,10 +14,8 @@ from vtc.generators.sampling import Generators, Guidance, Sampling
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer, split_scales
 
 
-class NextScaleStep(Protocol):
-    """One scale of a model whose condition is settled: the codes so far, (2 B | B, n, d) or None, to logits."""
-
-    def __call__(self, codes: Tensor | None, cache: KVCache, step: int) -> Tensor: ...
+#: one scale of a model whose condition is settled: codes so far, (2 B | B, n, d) or None, cache and step to logits
+NextScaleStep = Callable[[Tensor | None, KVCache, int], Tensor]
 
 
 @dataclass(frozen=True)

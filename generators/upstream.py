@@ -2,6 +2,7 @@
 
     family     recognised by                 from
     var        word_embed, class_emb         VAR (`var_d16.pth` and so on)
+    infinity   text_proj_for_sos             Infinity (`infinity_2b_reg.pth` and so on)
 
 Sizes are facts of the keys and shapes. What they do not tell is an argument of the class and can be given.
 Files are read as those of tokenizers are (`vtc.tokenizers.upstream`): nothing in them is executed.
@@ -26,7 +27,7 @@ StateDict = dict[str, Tensor]
 Family = Callable[[StateDict], tuple[StateDict, dict[str, Any]]]
 
 #: the class that each family becomes, and where it is
-CLASSES = {"var": ("VAR", "vtc.generators.var")}
+CLASSES = {"var": ("VAR", "vtc.generators.var"), "infinity": ("Infinity", "vtc.generators.infinity")}
 
 
 def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
@@ -49,13 +50,37 @@ def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
                   "shared_modulation": "shared_adaptive.weight" in ours, "l2_attention": l2}
 
 
-FAMILIES: dict[str, Family] = {"var": _var}
+def _infinity(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
+    chunks = count(tensors, r"block_chunks\.(\d+)\.")
+    per_chunk = count(tensors, r"block_chunks\.0\.module\.(\d+)\.")
+    flat = {re.sub(r"^block_chunks\.(\d+)\.module\.(\d+)\.",
+                   lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", k): v for k, v in tensors.items()}
+    rules = [(r"^word_embed\.", "word."), (r"^pos_start$", "start"), (r"^lvl_embed\.", "level."),
+             (r"^cfg_uncond$", "no_text"), (r"^text_proj_for_sos\.ca\.mat_q$", "text_pool.query"),
+             (r"^text_proj_for_sos\.ca\.", "text_pool."), (r"^text_proj_for_ca\.", "text_mlp."),
+             (r"^shared_ada_lin\.1\.", "shared_adaptive."), (r"^head_nm\.ada_lin\.1\.", "head_adaptive."),
+             (r"\.ada_gss$", ".offsets"), (r"\.sa\.mat_qkv\.", ".attention.qkv."),
+             (r"\.sa\.scale_mul_1H11$", ".attention.log_scale"), (r"\.sa\.", ".attention."),
+             (r"\.ca_norm\.", ".cross_norm."), (r"\.ca\.", ".cross_attention."), (r"\.mat_kv\.", ".kv."),
+             (r"\.mat_q\.", ".q."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2.")]
+    ours = renamed({k: v for k, v in flat.items() if not k.endswith("zero_k_bias")}, rules)
+    width = ours["word.weight"].shape[0]
+    return ours, {"depth": chunks * per_chunk, "width": width, "chunks": chunks,
+                  "heads": ours["blocks.0.attention.log_scale"].shape[1],
+                  "mlp_ratio": ours["blocks.0.mlp.0.weight"].shape[0] / width, "bits": ours["word.weight"].shape[1],
+                  "text_width": ours["text_norm.weight"].shape[0], "text_tokens": ours["no_text"].shape[0],
+                  "levels": ours["level.weight"].shape[0], "pool_heads": ours["text_pool.query"].shape[1]}
+
+
+FAMILIES: dict[str, Family] = {"var": _var, "infinity": _infinity}
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> str:
     """The family of a state dict by its keys. ModelError where it is none of them."""
     if "word_embed.weight" in tensors and "class_emb.weight" in tensors:
         return "var"
+    if "text_proj_for_sos.ca.mat_q" in tensors:
+        return "infinity"
     raise ModelError(f"The keys of this checkpoint are those of none of the known generators: {', '.join(FAMILIES)}.")
 
 
