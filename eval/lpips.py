@@ -16,17 +16,21 @@ MIN_SIDE = {"alex": 31, "squeeze": 17, "vgg": 16}
 
 
 @torch.no_grad()
-def learned_perceptual_image_patch_similarity(preds: Tensor, target: Tensor, network: LPIPS) -> Tensor:
+def learned_perceptual_image_patch_similarity(preds: Tensor, target: Tensor, network: LPIPS,
+                                              target_features: list[Tensor] | None = None) -> Tensor:
     """LPIPS (version 0.1) of each image; lower is closer.
 
     preds, target: (B, 3, H, W) in [0, 1]. network: `vtc.tokenizers.lpips.LPIPS`. Returns (B,) float32.
+    target_features: `network.unit_features(target)`, where one original is compared with several reconstructions.
     """
     check_pair(preds, target)
     smallest = MIN_SIDE[network.backbone]
     if preds.shape[1] != 3 or min(preds.shape[2:]) < smallest:
         raise ImageError(f"LPIPS ({network.backbone}) needs RGB pictures with sides of at least {smallest} pixels, "
                          f"not {tuple(preds.shape[1:])}.")
-    return network(preds, target)
+    if target_features is None:
+        target_features = network.unit_features(target)
+    return network.distance(network.unit_features(preds), target_features)
 
 
 class LearnedPerceptualImagePatchSimilarity(MeanOverImages):

@@ -68,7 +68,11 @@ class Protocol:
         return _pillow_bicubic_float(images, 299) if self.feature_resize == "pillow_bicubic_float" else images
 
 
+#: the picture as it is: what a codec is judged by
+NATIVE = Protocol("native", "the given pictures", "none", "none", "nearest", "nearest", "pytorch-fid", "network")
+
 PROTOCOLS = {p.name: p for p in (
+    NATIVE,
     Protocol("wetok", "ImageNet validation, the same crops", "shorter_side_bilinear", "centre", "truncate", "none",
              "pytorch-fid", "network", "Upstream averages batch means, so a short last batch weighs too much; here "
              "images weigh alike. Upstream's bilinear is OpenCV's, equal within one level."),

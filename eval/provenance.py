@@ -8,6 +8,10 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 #: what changes pixels, bytes or scores
 PACKAGES = ("vtc", "torch", "numpy", "pillow", "pillow-jxl-plugin", "torchmetrics", "lpips", "constriction", "scipy")
@@ -20,16 +24,21 @@ def provenance() -> dict[str, object]:
     """
     import torch
 
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     command = [Path(argument).name if Path(argument).is_absolute() else argument for argument in sys.argv]
     return {"command": command, "python": platform.python_version(),
             "system": f"{platform.system()} {platform.machine()}", "processor": processor(),
-            "processors": os.cpu_count(), "threads": torch.get_num_threads(), "packages": versions}
+            "processors": os.cpu_count(), "threads": torch.get_num_threads(), "packages": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages above that are installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def processor() -> str:
@@ -40,6 +49,17 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or "unknown"
+
+
+def tensors_sha256(module: nn.Module) -> str:
+    """Of all tensors of a network by name, type, shape and bytes: which file they came in does not matter."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def sha256(path: str | os.PathLike[str]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vtc.cli.plan import Task
-from vtc.errors import ConfigError, FileError, VtcError
+from vtc.errors import ConfigError, FileError, VtcError, first_sentence, sentence
 from vtc.files import reason, write_file
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def load_model(name_or_path: str, device: str) -> Tokenizer:
     try:
         return tokenizer.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"The device {device} is not available: {_first_sentence(error)}.") from error
+        raise ConfigError(f"The device {device} is not available: {first_sentence(error)}.") from error
 
 
 def say(text: str) -> None:
@@ -125,29 +125,6 @@ def emit(text: str, stream: TextIO | None) -> None:
         # What is left in its buffer is flushed once more at the end; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         raise FileError(f"stdout cannot be written: {reason(error)}.") from error
-
-
-def sentence(error: BaseException, name: str) -> str:
-    """What went wrong with the file `name`, in one line."""
-    if isinstance(error, VtcError):
-        text = " ".join(str(error).split())
-        return text if name in text else f"{name}: {text}"
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _is_memory(str(error))):
-        return f"{name}: there is not enough memory for it."
-    step = error.__traceback__
-    while step is not None and step.tb_next is not None:
-        step = step.tb_next
-    where = f" at {os.path.basename(step.tb_frame.f_code.co_filename)}:{step.tb_lineno}" if step else ""
-    return f"{name}: unexpected {type(error).__name__}{where}: {_first_sentence(error)}."
-
-
-def _is_memory(text: str) -> bool:
-    """Whether a RuntimeError of torch's allocators says so: their types differ between devices and versions."""
-    return any(phrase in text.lower() for phrase in ("out of memory", "not enough memory", "can't allocate memory"))
-
-
-def _first_sentence(error: BaseException) -> str:
-    return " ".join((str(error).strip() or "no details").splitlines()[0].split()).rstrip(".")
 
 
 def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
