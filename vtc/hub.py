@@ -1,7 +1,8 @@
 """Loading and saving models: a bundled name, a local folder, or a repository on the Hugging Face Hub.
 
-A model on disk is a folder of two files, `config.json` (constructor arguments) and `model.safetensors`
-(float16 tensors, exact in float32), and a card, `README.md`. Nothing is ever unpickled.
+A model on disk is a folder of two files, `config.json` (constructor arguments) and `model.safetensors` (float16
+tensors, exact in float32; in models imported from others float32 where float16 would round), and a card, `README.md`.
+Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -52,8 +53,12 @@ class PretrainedMixin(PyTorchModelHubMixin):
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for an `nn.Module`.
 
     Keys are strict both ways. Floating tensors are stored as float16; a finished model's weights are rounded to
-    float16 when saved, so what was measured after loading is what everybody loads.
+    float16 when saved, so what was measured after loading is what everybody loads. A model that others published was
+    measured by them: it has `exact_weights`, and every weight is stored as it is.
     """
+
+    #: whether saving keeps tensors that float16 would change as float32; set by importing and by loading such a file
+    exact_weights: bool = False
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> Self:  # type: ignore[override]  # one argument, on purpose
@@ -72,41 +77,58 @@ class PretrainedMixin(PyTorchModelHubMixin):
         except (TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
+        model.exact_weights = any(t.dtype == torch.float32 for t in tensors.values())
         module.eval()
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
-        save_file(stored_tensors(cast(nn.Module, self)), save_directory / WEIGHTS)
+        save_file(stored_tensors(cast(nn.Module, self), exact=self.exact_weights), save_directory / WEIGHTS)
         config = {"class": type(self).__name__, **cast(dict[str, Any], self._hub_mixin_config)}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
-def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",), exact: bool = False) -> dict[str, Tensor]:
     """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU.
 
     prefixes: only tensors whose names begin with one of them; by default all.
-    Raises ModelError where a value is too large for float16.
+    exact: tensors that float16 would change are float32.
+    Raises ModelError where a value is too large for float16 and not `exact`.
     """
-    return {name: (_half(name, t) if t.is_floating_point() else t).cpu().contiguous()
-            for name, t in model.state_dict().items() if name.startswith(prefixes)}
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(prefixes):
+            continue
+        if tensor.is_floating_point():
+            half = tensor.half()
+            if exact and not torch.equal(half.to(tensor.dtype), tensor):
+                tensor = tensor.float()
+            elif not exact and _overflows(half, tensor):
+                raise ModelError(f"The tensor {name} has values beyond float16, in which models are stored: up to "
+                                 f"{tensor.abs().max().item():.3g}.")
+            else:
+                tensor = half
+        stored[name] = tensor.cpu().contiguous()
+    return stored
 
 
-def _half(name: str, tensor: Tensor) -> Tensor:
-    half = tensor.half()
-    if half.isinf().any() and tensor.isfinite().all():
-        raise ModelError(f"The tensor {name} has values beyond float16, in which models are stored: up to "
-                         f"{tensor.abs().max().item():.3g}.")
-    return half
+def _overflows(half: Tensor, tensor: Tensor) -> bool:
+    return bool(half.isinf().any() and tensor.isfinite().all())
 
 
 def fingerprint(model: nn.Module, prefixes: tuple[str, ...]) -> bytes:
-    """Eight bytes of SHA-256 over the stored tensors whose names begin with one of `prefixes`.
+    """Eight bytes of SHA-256 over the tensors whose names begin with one of `prefixes`, in float16.
 
-    Name, type, shape and bytes of each, in the order of names: two models agree just where they decode alike.
+    Name, type, shape and bytes of each, in the order of names: two models agree just where they decode alike, but for
+    what float16 rounds. A tensor with values beyond float16 counts in float32.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(stored_tensors(model, prefixes).items()):
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(prefixes):
+            continue
+        if tensor.is_floating_point():
+            half = tensor.half()
+            tensor = tensor.float() if _overflows(half, tensor) else half
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()[:8]
