@@ -19,6 +19,7 @@ from vtc.errors import BitstreamError
 
 MAGIC = b"\xf5\x56"  # f5 never occurs in UTF-8, so no text file begins like this
 VERSION = 1
+NEWEST_VERSION = 2  # codecs/chunks.py
 FINGERPRINT_BYTES = 8
 CRC_BYTES = 4
 
@@ -52,6 +53,7 @@ class Coder(IntEnum):
     PACKED = 0  # every index equally likely
     STATIC_ANS = 1  # the model's static tables
     PRIOR = 2  # a learned prior in whole numbers, which the fingerprint covers too
+    SEEDED_ANS = 3  # static tables, and the last index is the coder's first state
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Container:
 
     def to_bytes(self) -> bytes:
         """The stream; `parse` is the inverse."""
-        kind, numbers = _write_layout(self.height, self.width, self.scales, self.groups)
+        kind, numbers = write_layout(self.height, self.width, self.scales, self.groups)
         body = b"".join((
             MAGIC, bytes((VERSION, kind | self.coder << 3)), varint(self.model_id), self.fingerprint,
             *map(varint, (self.width, self.height, *numbers, len(self.payload))), self.payload))
@@ -99,9 +101,13 @@ def parse(stream: bytes, max_pixels: int = MAX_PIXELS) -> Container:
         raise BitstreamError("The stream is empty.")
     if stream[: len(MAGIC)] != MAGIC[: len(stream)]:
         raise BitstreamError(f"This is not a vtc stream: it does not begin with the bytes {MAGIC.hex(' ')}.")
-    if len(stream) > len(MAGIC) and stream[len(MAGIC)] > VERSION:
-        raise BitstreamError(f"This stream has container version {stream[len(MAGIC)]}, and this vtc reads versions "
-                             f"up to {VERSION}: update vtc.")
+    version = stream[len(MAGIC)] if len(stream) > len(MAGIC) else VERSION
+    if version > NEWEST_VERSION:
+        raise BitstreamError(f"This stream has container version {version}, and this vtc reads versions up to "
+                             f"{NEWEST_VERSION}: update vtc.")
+    if version > VERSION:
+        raise BitstreamError(f"This stream has container version {version}, in chunks, which "
+                             "vtc.codecs.chunks.read reads.")
     # The last bytes are the checksum whatever the flags. An intact stream is refused for what it says; one that is
     # not, for being damaged, except where it is plain that it was cut or that something was appended.
     intact = zlib.crc32(stream[:-CRC_BYTES]) == int.from_bytes(stream[-CRC_BYTES:], "little")
@@ -199,8 +205,8 @@ def check_limits(height: int, width: int, scales: tuple[tuple[int, int], ...], g
         raise BitstreamError(f"A token layout of {indices} indices exceeds the limit of {MAX_INDICES}.")
 
 
-def _write_layout(height: int, width: int, scales: tuple[tuple[int, int], ...], groups: int,
-                  ) -> tuple[LayoutKind, tuple[int, ...]]:
+def write_layout(height: int, width: int, scales: tuple[tuple[int, int], ...], groups: int,
+                 ) -> tuple[LayoutKind, tuple[int, ...]]:
     """The shortest description: the kind, and the numbers that go with it."""
     if len(scales) > 1:
         return LayoutKind.SCALES, (groups, len(scales), *(n for scale in scales for n in scale))
@@ -214,7 +220,7 @@ def _write_layout(height: int, width: int, scales: tuple[tuple[int, int], ...], 
     return LayoutKind.GRID, (groups, rows, columns)
 
 
-def _read_layout(reader: Reader, kind: int, height: int, width: int) -> tuple[tuple[tuple[int, int], ...], int]:
+def read_layout(reader: Reader, kind: int, height: int, width: int) -> tuple[tuple[tuple[int, int], ...], int]:
     """(scales, groups) from the numbers that go with `kind`; the loop over scales is bounded before it starts."""
     if kind in (LayoutKind.STRIDE, LayoutKind.STRIDE_GROUPS):
         stride = reader.varint()
@@ -235,9 +241,18 @@ def _read_layout(reader: Reader, kind: int, height: int, width: int) -> tuple[tu
 
 def _read_header(reader: Reader, max_pixels: int) -> dict:
     """The fields of a Container but its payload, checked."""
-    version, packed = reader.take(2)
+    (version,) = reader.take(1)
     if version != VERSION:
         raise BitstreamError(f"Container version {version} does not exist.")
+    return read_fields(reader, max_pixels)
+
+
+def read_fields(reader: Reader, max_pixels: int) -> dict:
+    """What both versions say of an image, from the byte of kind and coder to the layout, checked.
+
+    Raises BitstreamError at the limits, and for whatever this vtc does not know.
+    """
+    (packed,) = reader.take(1)
     if packed & _FLAGS_BIT:
         raise BitstreamError(f"The stream sets flags {reader.varint():#x}, which this vtc does not know: update vtc.")
     if packed & _RESERVED_BIT:
@@ -248,7 +263,7 @@ def _read_header(reader: Reader, max_pixels: int) -> dict:
     model_id, fingerprint = reader.varint(), bytes(reader.take(FINGERPRINT_BYTES))
     width, height = reader.varint(), reader.varint()
     check_limits(height, width, ((1, 1),), 1, max_pixels)
-    scales, groups = _read_layout(reader, kind, height, width)
+    scales, groups = read_layout(reader, kind, height, width)
     check_limits(height, width, scales, groups, max_pixels)
     return {"height": height, "width": width, "scales": scales, "groups": groups, "coder": Coder(coder),
             "model_id": model_id, "fingerprint": fingerprint}

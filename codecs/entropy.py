@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import constriction
 import numpy as np
@@ -87,15 +88,20 @@ def encode(indices: Indices, layout: TokenLayout, tables: StaticTables | None) -
 
     Raises ConfigError where an index lies outside its vocabulary, ModelError where the tables do not fit the layout.
     """
-    if indices.shape != (layout.length, layout.groups):
-        raise ConfigError(f"Indices of shape {(layout.length, layout.groups)} fit this layout, not {indices.shape}.")
-    if (indices < 0).any() or (indices >= np.array(layout.vocab)).any():
-        raise ConfigError(f"An index lies outside its vocabulary of {layout.vocab} words.")
+    check_indices(indices, layout)
     packed = pack(indices, layout)
     if tables is None:
         return Coder.PACKED, packed
     coded = encode_ans(indices, layout, tables)
     return (Coder.STATIC_ANS, coded) if len(coded) < len(packed) else (Coder.PACKED, packed)
+
+
+def check_indices(indices: Indices, layout: TokenLayout) -> None:
+    """Raise ConfigError where indices are not (L, G) or one lies outside its vocabulary."""
+    if indices.shape != (layout.length, layout.groups):
+        raise ConfigError(f"Indices of shape {(layout.length, layout.groups)} fit this layout, not {indices.shape}.")
+    if (indices < 0).any() or (indices >= np.array(layout.vocab)).any():
+        raise ConfigError(f"An index lies outside its vocabulary of {layout.vocab} words.")
 
 
 def decode(coder: Coder, payload: bytes, layout: TokenLayout, tables: StaticTables | None) -> Indices:
@@ -106,11 +112,11 @@ def decode(coder: Coder, payload: bytes, layout: TokenLayout, tables: StaticTabl
     """
     if coder == Coder.PACKED:
         return unpack(payload, layout)
-    if coder != Coder.STATIC_ANS:
+    if coder not in (Coder.STATIC_ANS, Coder.SEEDED_ANS):
         raise ModelError(f"Coder {coder.name} needs more than static tables: decode the stream with TokenCodec.")
     if tables is None:
         raise ModelError("The stream is coded with static tables, and the model has none.")
-    return decode_ans(payload, layout, tables)
+    return decode_ans(payload, layout, tables, seeded=coder == Coder.SEEDED_ANS)
 
 
 # ---- packed: mixed radix --------------------------------------------------------------------------------------------
@@ -187,29 +193,49 @@ def _categorical(table: NDArray[np.int64]) -> object:
     return constriction.stream.model.Categorical(table / float(table.sum()), perfect=False)
 
 
-def encode_ans(indices: Indices, layout: TokenLayout, tables: StaticTables) -> bytes:
-    """The 32-bit words of constriction's ANS coder, little-endian, without the zero bytes at the end."""
+def encode_ans(indices: Indices, layout: TokenLayout, tables: StaticTables, seeded: bool = False) -> bytes:
+    """The 32-bit words of constriction's ANS coder, little-endian, without the zero bytes at the end.
+
+    The coder starts with state 0, from which the first index costs 24 bits whatever it is. With `seeded` the state
+    starts as that index (the last one in coding order) instead: up to three bytes less, which chunks are glad of.
+    """
+    runs = [(indices[where, group].reshape(-1).astype(np.int32), table)
+            for where, group, table in tables.runs(layout) if len(table) > 1]
     coder = constriction.stream.stack.AnsCoder()
-    for where, group, table in reversed(list(tables.runs(layout))):  # a stack: last in, first out
-        if len(table) > 1:
-            coder.encode_reverse(indices[where, group].reshape(-1).astype(np.int32), _categorical(table))
+    if seeded and runs:
+        values, table = runs.pop()
+        coder = _coder(int(values[-1]))
+        runs.append((values[:-1], table))
+    for values, table in reversed(runs):  # a stack: last in, first out
+        coder.encode_reverse(values, _categorical(table))
     return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
 
 
-def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables) -> Indices:
+def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables, seeded: bool = False) -> Indices:
     """Inverse of `encode_ans`; raises BitstreamError where the payload is not used up exactly."""
     if payload.endswith(b"\0"):
         raise BitstreamError("The payload is padded with zeros.")
     words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").astype(np.uint32)
     coder = constriction.stream.stack.AnsCoder(words)
     out = np.zeros((layout.length, layout.groups), dtype=np.int64)
-    for where, group, table in tables.runs(layout):
-        if len(table) > 1:
-            part = out[where, group]
-            part[:] = coder.decode(_categorical(table), part.size).reshape(part.shape)
+    runs = [(out[where, group], table) for where, group, table in tables.runs(layout) if len(table) > 1]
+    for number, (part, table) in enumerate(runs, 1):
+        last = seeded and number == len(runs)
+        values = coder.decode(_categorical(table), part.size - last)
+        if last:
+            left = coder.get_compressed()
+            if len(left) > 1 or left.sum() >= len(table):
+                raise BitstreamError("The payload does not end where its indices end.")
+            values, coder = np.append(values, left.sum()), _coder(0)
+        part[:] = values.reshape(part.shape)
     if not coder.is_empty():
         raise BitstreamError("The payload does not end where its indices end.")
     return out
+
+
+def _coder(state: int) -> Any:
+    """constriction's coder in a state below 2^32."""
+    return constriction.stream.stack.AnsCoder(np.array([state] if state else [], dtype=np.uint32))
 
 
 # ---- fitting tables -------------------------------------------------------------------------------------------------

@@ -27,8 +27,9 @@ def cumulative(row: np.ndarray) -> list[int]:
     return [i + int(row[:i].sum()) * free // total for i in range(len(row))] + [2**24]
 
 
-def python_ans_decode(payload: bytes, counts: list[int], rows: list[np.ndarray]) -> list[int]:
-    """Symbols, run after run: counts[i] of them with table rows[i]; the state must end as 0."""
+def python_ans_decode(payload: bytes, counts: list[int], rows: list[np.ndarray], seeded: bool = False) -> list[int]:
+    """Symbols, run after run: counts[i] of them with table rows[i]; the state must end as 0, or is the last symbol."""
+    counts = [*counts[:-1], counts[-1] - seeded]
     words = [int.from_bytes(payload[i : i + 4], "little") for i in range(0, len(payload), 4)]
     state = 0
     while words and state < 2**32:
@@ -43,8 +44,8 @@ def python_ans_decode(payload: bytes, counts: list[int], rows: list[np.ndarray])
             if state < 2**32 and words:
                 state = state << 32 | words.pop()
             symbols.append(symbol)
-    assert state == 0 and not words
-    return symbols
+    assert not words and (seeded or state == 0)
+    return [*symbols, state] if seeded else symbols
 
 
 def zipf(size: int, exponent: float) -> np.ndarray:
@@ -70,9 +71,10 @@ def test_ans_bytes_are_the_documented_ones():
     t = tables(*(np.pad(r, (0, 11 - len(r))) for r in rows))
     for _ in range(20):
         indices = draw(rng, layout, t)
-        payload = entropy.encode_ans(indices, layout, t)
         expected = [*indices[:1, 0], *indices[:1, 1], *indices[1:, 0], *indices[1:, 1]]
-        assert python_ans_decode(payload, [1, 1, 12, 12], rows) == expected
+        for seeded in (False, True):
+            payload = entropy.encode_ans(indices, layout, t, seeded)
+            assert python_ans_decode(payload, [1, 1, 12, 12], rows, seeded) == expected
 
 
 def test_golden_payloads():
@@ -81,6 +83,7 @@ def test_golden_payloads():
     t = tables(np.array([600, 200, 100, 60, 40, 24]))
     assert entropy.pack(indices, layout).hex() == "0561620cc2"
     assert entropy.encode_ans(indices, layout, t).hex() == "0404f5149b2503da01"
+    assert entropy.encode_ans(indices, layout, t, seeded=True).hex() == "1a060a1b36ba0840"
     assert entropy.encode(indices * 0, layout, t) == (Coder.STATIC_ANS, b"")  # the state never leaves 0
 
 
@@ -145,14 +148,16 @@ def cases(drawer) -> tuple[TokenLayout, StaticTables, np.ndarray]:
 def test_round_trip(case):
     layout, t, indices = case
     assert np.array_equal(entropy.unpack(entropy.pack(indices, layout), layout), indices)
-    assert np.array_equal(entropy.decode_ans(entropy.encode_ans(indices, layout, t), layout, t), indices)
+    for seeded in (False, True):
+        coded = entropy.encode_ans(indices, layout, t, seeded)
+        assert np.array_equal(entropy.decode_ans(coded, layout, t, seeded), indices)
     coder, payload = entropy.encode(indices, layout, t)
     assert np.array_equal(entropy.decode(coder, payload, layout, t), indices)
     assert len(payload) <= entropy.packed_size(layout)
 
 
 @settings(max_examples=150, deadline=None)
-@given(cases(), st.binary(max_size=60), st.sampled_from([Coder.PACKED, Coder.STATIC_ANS]))
+@given(cases(), st.binary(max_size=60), st.sampled_from([Coder.PACKED, Coder.STATIC_ANS, Coder.SEEDED_ANS]))
 def test_any_payload_decodes_to_what_encodes_to_it_or_is_refused(case, payload, coder):
     layout, t, _ = case
     try:
@@ -160,7 +165,8 @@ def test_any_payload_decodes_to_what_encodes_to_it_or_is_refused(case, payload, 
     except BitstreamError:
         return
     assert (indices >= 0).all() and (indices < np.array(layout.vocab)).all()
-    again = entropy.pack(indices, layout) if coder == Coder.PACKED else entropy.encode_ans(indices, layout, t)
+    again = (entropy.pack(indices, layout) if coder == Coder.PACKED else
+             entropy.encode_ans(indices, layout, t, seeded=coder == Coder.SEEDED_ANS))
     assert again == payload
 
 
