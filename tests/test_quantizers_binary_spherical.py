@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from tests.quantizer_checks import assert_codes, assert_grad, assert_loss, fixture
 from tests.shared import needs_shared
@@ -33,6 +34,55 @@ def test_bsq_with_groups_of_nine():
     histogram = mean_code_probabilities(quantizer.entropy_logits(z))  # first bit least significant
     reversed_bits = histogram.view(2, *[2] * 9).permute(0, *range(9, 0, -1)).reshape(2, 512)
     torch.testing.assert_close(reversed_bits, tensors["avg_prob"], rtol=1e-5, atol=1e-8)
+
+
+def loss_bit_by_bit(z: Tensor, weight: float, commitment: float) -> dict[str, Tensor]:
+    """Upstream's loss with persample_entropy_compute="analytical": (B, d, H, W) unit-norm z, temperature 1.
+
+    Each bit has two probabilities, sigmoid(-+ 4 z / sqrt(d)), and so has their mean over the batch: (d, 2).
+    """
+    dim = z.shape[1]
+    scores = torch.stack([-2 * z / dim**0.5, 2 * z / dim**0.5], -1)  # 2 <z, c> of the two ends of each axis
+    p = scores.softmax(-1)
+    mean = p.mean((0, 2, 3))
+    per_sample = -(p * (p + 1e-8).log()).sum((1, 4)).mean()
+    of_codes = -(mean * (mean + 1e-8).log()).sum()
+    codes = torch.where(z > 0, 1.0, -1.0).to(z) / dim**0.5
+    distance = (z - codes).square().sum(1).mean()
+    return {"per_sample_entropy": per_sample, "codebook_entropy": of_codes, "commitment": distance, "mean": mean,
+            "loss": commitment * distance + weight * (per_sample - of_codes)}
+
+
+@needs_shared("fixtures")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bsq_with_a_codebook_entropy_of_single_bits(dtype):
+    """The group fixture's latents and arguments, with upstream's "analytical" entropies instead of "group"."""
+    tensors, config = fixture("bsq_18_g9_group")
+    quantizer = BinarySphericalQuantizer(config["embed_dim"], config["group_size"], commitment=config["beta"],
+                                         entropy=config["zeta"], normalize=False, codebook_entropy="bit")
+    z = tensors["input_unit_norm"].to(dtype).requires_grad_()
+    out, terms = quantizer(z), quantizer.loss_terms(z)
+    assert torch.equal(out.indices, tensors["group_indices"])
+    expected = loss_bit_by_bit(z, config["zeta"], config["beta"])
+    for name in ("per_sample_entropy", "codebook_entropy", "commitment"):
+        torch.testing.assert_close(terms[name], expected[name], rtol=1e-6, atol=1e-7)
+        ours, theirs = (torch.autograd.grad(t[name], z, retain_graph=True)[0] for t in (terms, expected))
+        assert theirs.abs().max() > 1e-4
+        assert_grad(ours, theirs)
+    torch.testing.assert_close(out.loss, expected["loss"], rtol=1e-6, atol=1e-7)
+    assert_grad(torch.autograd.grad(out.loss, z)[0], torch.autograd.grad(expected["loss"], z)[0])
+    histogram = mean_code_probabilities(quantizer.entropy_logits(z))
+    torch.testing.assert_close(histogram, expected["mean"].detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_histograms_of_bits_do_not_see_that_bits_go_together():
+    torch.manual_seed(0)
+    z = torch.randn(64, 1, 5).repeat(1, 6, 1)  # six bits that are always equal
+    group, bit = (BinarySphericalQuantizer(6, 3, temperature=0.01, codebook_entropy=kind).loss_terms(z)
+                  for kind in ("group", "bit"))
+    torch.testing.assert_close(group["per_sample_entropy"], bit["per_sample_entropy"])
+    torch.testing.assert_close(bit["codebook_entropy"] / 6, torch.tensor(2.0).log(), rtol=0.01, atol=0)
+    torch.testing.assert_close(group["codebook_entropy"] / 2, torch.tensor(2.0).log(), rtol=0.01, atol=0)
 
 
 def test_entropies_are_those_of_a_softmax_over_the_corners():
@@ -74,8 +124,17 @@ def test_codes_and_indices_round_trip(shape, order, seed):
 def test_half_precision_neither_overflows_nor_divides_by_zero():
     quantizer = BinarySphericalQuantizer(8, group_bits=4).train()
     for scale in (0.0, 1.0, 1e4):
-        out = quantizer(torch.full((1, 8, 2, 2), scale, dtype=torch.float16))
+        z = torch.full((1, 8, 2, 2), scale, dtype=torch.float16, requires_grad=True)
+        out = quantizer(z)
         assert out.loss.isfinite() and out.z_q.isfinite().all()
+        assert torch.autograd.grad(out.z_q.sum() + out.loss, z)[0].isfinite().all()
+
+
+def test_bits_are_the_signs_of_the_latent_however_small():
+    z = torch.tensor([3e4, 6e-8, -6e-8, 0.0], dtype=torch.float16).view(1, 4, 1)  # 6e-8 / 3e4 is 0 in float16
+    out = BinarySphericalQuantizer(4, 4)(z)
+    assert out.indices.flatten().tolist() == [0b1100]
+    assert (out.z_q > 0).flatten().tolist() == [True, True, False, False]
 
 
 def test_gradient_goes_through_the_projection():
@@ -94,7 +153,8 @@ def test_loss_passes_finite_differences():
 
 def test_wrong_settings_are_refused():
     for wrong in (dict(dim=18, group_bits=4), dict(dim=8, group_bits=8, token_bits=(3, 3)),
-                  dict(dim=8, group_bits=8, temperature=0), dict(dim=8, group_bits=8, bit_order="little")):
+                  dict(dim=8, group_bits=8, temperature=0), dict(dim=8, group_bits=8, bit_order="little"),
+                  dict(dim=8, group_bits=8, codebook_entropy="pooled")):
         with pytest.raises(ConfigError):
             BinarySphericalQuantizer(**wrong)
     with pytest.raises(ConfigError, match="latents"):

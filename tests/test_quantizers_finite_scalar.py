@@ -61,9 +61,24 @@ def test_every_code_can_be_reached_and_half_precision_agrees():
     assert out.z_q.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("levels", "eps"), [((3, 4), 0.0), ((1001, 2), 1e-3), ((8, 5), 0.5), ((2,), 3.0)])
+def test_no_eps_gives_an_index_that_has_no_word(levels, eps):
+    """From levels * eps = 1 on, tanh spans further than the outermost level and half a step."""
+    quantizer = FiniteScalarQuantizer(levels, eps)
+    z = torch.tensor([-9.0, 0.0, 9.0]).expand(1, len(levels), 3)
+    out = quantizer(z)
+    assert out.indices.min() == 0
+    assert out.indices.max() == math.prod(levels) - 1 if eps else out.indices.max() < math.prod(levels)
+    assert out.z_q.abs().max() <= 1
+    assert torch.equal(quantizer.indices_to_codes(out.indices), out.z_q)
+
+
 def test_wrong_settings_are_refused():
     for levels in ((), (5, 1), (1000,) * 8):
         with pytest.raises(ConfigError):
             FiniteScalarQuantizer(levels)
+    for eps in (0, -0.1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="eps"):
+            FiniteScalarQuantizer((2, 2), eps=eps)
     with pytest.raises(ConfigError, match="latents"):
         FiniteScalarQuantizer((5, 5))(torch.zeros(1, 3))

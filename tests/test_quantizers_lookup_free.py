@@ -18,6 +18,7 @@ from vtc.tokenizers.bits import (
     unpack_tokens,
 )
 from vtc.tokenizers.lookup_free import LFQ, GroupLFQ, annealed_entropy_weight
+from vtc.tokenizers.wetok import WeTok
 
 
 def plain_entropies(logits: Tensor, eps: float = 0.0, guard: str = "add") -> tuple[Tensor, Tensor]:
@@ -224,6 +225,31 @@ def test_the_published_form_and_the_closed_form_are_one(codebook_entropy):
         GroupLFQ(3, 4, compat="downstream")
 
 
+@pytest.mark.parametrize("guard", ["add", "clamp"])
+def test_the_published_form_is_finite_without_eps_and_takes_rows(guard):
+    """Most of 16 codes have a mean probability of 0 in float32, whose logarithm must not show."""
+    z = torch.full((2, 8), 3.0, requires_grad=True)
+    losses = []
+    for compat in (None, "upstream"):
+        terms = GroupLFQ(2, 4, eps=0, guard=guard, compat=compat).loss_terms(z)
+        spread = terms["per_sample_entropy"] - terms["codebook_entropy"]
+        assert torch.autograd.grad(spread, z)[0].isfinite().all()
+        losses.append(spread.detach())
+    assert losses[0].abs() < 1e-6 and losses[1].abs() < 1e-6
+
+
+def test_wetok_hands_the_form_of_the_loss_to_its_quantizer():
+    model = WeTok(32, (1, 1), 1, groups=2, bits_per_group=4, compat="upstream")
+    assert model.quantizer.compat == model.to_generative().quantizer.compat == "upstream"
+    assert WeTok(32, (1, 1), 1, groups=2, bits_per_group=4).quantizer.compat is None
+
+
+def test_without_entropy_any_number_of_bits_trains():
+    z = torch.randn(2, 40, 3, requires_grad=True)
+    out = LFQ(40, entropy=0)(z)
+    torch.testing.assert_close(out.loss, 0.25 * (z - z.sign()).square().mean())
+
+
 @needs_shared("fixtures")
 def test_wetok_gradient_is_the_one_of_the_definition():
     tensors, config = fixture("wetok_gq_g2_d4")
@@ -290,11 +316,23 @@ def test_annealing_goes_down_to_the_weight_and_stays():
     assert annealed_entropy_weight(0) == pytest.approx(0.4)
     assert annealed_entropy_weight(1000) == pytest.approx(0.25)
     assert annealed_entropy_weight(2000) == annealed_entropy_weight(10**6) == pytest.approx(0.1)
+    with pytest.raises(ConfigError, match="step"):
+        annealed_entropy_weight(0, over=0)
+
+
+def test_a_changed_weight_counts_from_the_next_step():
+    quantizer, z = GroupLFQ(2, 4), torch.randn(2, 8, 3)
+    terms = quantizer.loss_terms(z)
+    for step in (0, 500, 3000):
+        quantizer.entropy = weight = annealed_entropy_weight(step)
+        spread = terms["per_sample_entropy"] - terms["codebook_entropy"]
+        torch.testing.assert_close(quantizer(z).loss, weight * spread + 0.25 * terms["commitment"])
 
 
 @pytest.mark.parametrize("settings", [
     dict(groups=0, bits=8), dict(groups=1, bits=8, bit_order="big"), dict(groups=1, bits=8, token_bits=(4, 5)),
-    dict(groups=1, bits=63), dict(groups=1, bits=8, codebook_entropy="none"), dict(groups=1, bits=8, temperature=0)])
+    dict(groups=1, bits=63), dict(groups=1, bits=8, codebook_entropy="none"), dict(groups=1, bits=8, temperature=0),
+    dict(groups=1, bits=8, guard="foo"), dict(groups=1, bits=8, eps=-1e-5)])
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ConfigError):
         GroupLFQ(**settings)

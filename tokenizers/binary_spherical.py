@@ -10,13 +10,12 @@ import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.bits import BitOrder, bit_entropies, check_bit_order, check_token_bits, pack_tokens, unpack_tokens
-from vtc.tokenizers.quantizer import Quantizer
+from vtc.tokenizers.quantizer import Quantizer, on_sphere
 from vtc.tokenizers.straight_through import straight_through
 
 
@@ -108,9 +107,9 @@ class BinarySphericalQuantizer(Quantizer):
         return torch.where(ones, corner, -corner)
 
     def _on_sphere(self, z: Tensor) -> Tensor:
-        """In float32 (float64 for float64): in half precision squares overflow and the norm's epsilon underflows."""
-        wide = z if z.dtype == torch.float64 else z.float()
-        return F.normalize(wide, dim=1) if self.normalize else wide
+        if self.normalize:
+            return on_sphere(z)
+        return z if z.dtype == torch.float64 else z.float()
 
     def _terms(self, z: Tensor, ones: Tensor, entropies: bool = True) -> dict[str, Tensor]:
         commitment = (z - self._codes(ones)).square().sum(1).mean()

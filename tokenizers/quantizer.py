@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import reduce
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
@@ -86,3 +87,12 @@ def checked_indices(indices: Tensor, vocab: Sequence[int], grouped: bool) -> Ten
         if lowest < 0 or highest >= words:
             raise ConfigError(f"Index {lowest if lowest < 0 else highest} lies outside of 0 ... {words - 1}.")
     return indices
+
+
+def on_sphere(z: Tensor) -> Tensor:
+    """(N, d, ...) vectors to unit length, in float32 (float64 for float64): in float16 their squares would overflow.
+
+    The gradient is that of z / max(|z|, 1e-4), so that a latent of zeros does not throw the whole step away (torch and
+    the published code have 1e-12: a gradient of 1e12, infinite in float16).
+    """
+    return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1, eps=1e-4)

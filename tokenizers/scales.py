@@ -25,6 +25,8 @@ def grids(scales: Sequence[Scale]) -> tuple[Grid, ...]:
 
 def split_scales(indices: Tensor, steps: Sequence[Grid]) -> list[Tensor]:
     """(B, L, ...) to a (B, h, w, ...) view a scale; L may end after any of the scales."""
+    if indices.ndim < 2:
+        raise ConfigError(f"Indices of several scales are (B, L, ...), not {tuple(indices.shape)}.")
     parts, start = [], 0
     for rows, columns in steps:
         if start == indices.shape[1]:

@@ -17,7 +17,7 @@ from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized
 from vtc.tokenizers.codeword_entropy import codeword_entropies
 from vtc.tokenizers.kmeans import kmeans
-from vtc.tokenizers.quantizer import Quantizer
+from vtc.tokenizers.quantizer import Quantizer, on_sphere
 from vtc.tokenizers.ranks import from_first_rank, sum_over_ranks
 from vtc.tokenizers.straight_through import straight_through
 
@@ -92,8 +92,9 @@ class NearestCodeword(Quantizer):
     def _flat(self, z: Tensor) -> Tensor:
         """(B, d, ...) to (N, d), float32 or float64, on the sphere if asked for."""
         flat = z.movedim(1, -1).reshape(-1, self.dim)
-        flat = flat if flat.dtype == torch.float64 else flat.float()
-        return F.normalize(flat, dim=1) if self.normalize else flat
+        if self.normalize:
+            return on_sphere(flat)
+        return flat if flat.dtype == torch.float64 else flat.float()
 
     def _choose(self, flat: Tensor) -> tuple[Tensor, Tensor]:
         """(N, d) latents to the (K, d) codewords in their type, and the (N,) indices of the nearest."""

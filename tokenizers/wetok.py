@@ -154,7 +154,7 @@ class WeTok(GridTokenizer, PretrainedMixin):
     channels: width of multiplier 1; channel_multipliers: of each level, fine to coarse: f = 2^(levels - 1).
     groups, bits_per_group: g indices of d' bits at each position.
     generative: the decoder takes noise besides the codes, see `decode` and `to_generative`.
-    codebook_entropy, token_bits: of the quantizer, see GroupLFQ. Its loss weights are attributes of `quantizer`.
+    codebook_entropy, token_bits, compat: of the quantizer, see GroupLFQ. Its weights are attributes of `quantizer`.
 
         published         multipliers        groups   f    bits per pixel
         compratio24       1, 2, 2, 4         8        8    1
@@ -170,7 +170,7 @@ class WeTok(GridTokenizer, PretrainedMixin):
     def __init__(self, channels: int = 256, channel_multipliers: Sequence[int] = (1, 1, 2, 2, 4),
                  num_res_blocks: int = 4, groups: int = 4, bits_per_group: int = 8, generative: bool = False,
                  codebook_entropy: Literal["pooled", "per_group"] = "pooled",
-                 token_bits: Sequence[int] | None = None) -> None:
+                 token_bits: Sequence[int] | None = None, compat: Literal["upstream"] | None = None) -> None:
         super().__init__()
         z_channels = groups * bits_per_group
         self.channels, self.channel_multipliers = channels, tuple(channel_multipliers)
@@ -178,7 +178,7 @@ class WeTok(GridTokenizer, PretrainedMixin):
         self.downsample = 2 ** (len(channel_multipliers) - 1)
         self.encoder = Encoder(channels, channel_multipliers, num_res_blocks, z_channels)
         self.quantizer = GroupLFQ(groups, bits_per_group, codebook_entropy=codebook_entropy,
-                                  token_bits=tuple(token_bits) if token_bits else None)
+                                  token_bits=tuple(token_bits) if token_bits else None, compat=compat)
         self.decoder = Decoder(channels, channel_multipliers, num_res_blocks, z_channels, generative)
         self.vocab = self.quantizer.vocab
 
@@ -221,7 +221,8 @@ class WeTok(GridTokenizer, PretrainedMixin):
         """
         quantizer = self.quantizer
         return self._grown(WeTok(self.channels, self.channel_multipliers, self.num_res_blocks, quantizer.groups,
-                                 quantizer.bits, True, quantizer.codebook_entropy, quantizer.token_bits))
+                                 quantizer.bits, True, quantizer.codebook_entropy, quantizer.token_bits,
+                                 quantizer.compat))
 
     def _grown(self, grown: Generative) -> Generative:
         if self.generative:
