@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError, ModelError
-from vtc.hub import PretrainedMixin
-from vtc.tokenizers.layers import GridTokenizer, pad_to_multiple
+from vtc.hub import PretrainedMixin, read_model
+from vtc.tokenizers.layers import GridTokenizer, mend_group_norms, pad_to_multiple
 from vtc.tokenizers.scale_consistent_vae import AutoencoderKL, ScaleConsistentVAE
+from vtc.tokenizers.tiling import warn_of_tiles
 from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer
 from vtc.torchvision_guard import ensure_torchvision_imports
 
@@ -54,14 +55,16 @@ class DiffusersVQ(GridTokenizer, PretrainedMixin):
         dim = config.vq_embed_dim or config.latent_channels
         self.quantizer = GradientVectorQuantizer(config.num_vq_embeddings, dim)
         self.post_quant_conv, self.decoder = model.post_quant_conv, model.decoder
+        mend_group_norms(self)
 
     @classmethod
     def from_vqmodel(cls, model: Any) -> Self:
         """A tokenizer with the weights of a diffusers VQModel (copied), in eval mode."""
-        tokenizer = cls({k: _plain(v) for k, v in model.config.items() if not k.startswith("_")})
+        tokenizer = cls(_settings(model))
         tensors = {("quantizer.codebook" if k == "quantize.embedding.weight" else k): v
                    for k, v in model.state_dict().items()}
         tokenizer.load_state_dict(tensors)
+        tokenizer.exact_weights = True
         return tokenizer.eval()
 
     @classmethod
@@ -90,8 +93,10 @@ class Latents:
     width: int
 
 
-class DiffusersAutoencoder(nn.Module):
+class DiffusersAutoencoder(nn.Module, PretrainedMixin):
     """AutoencoderKL, AutoencoderDC or ScaleConsistentVAE with images in [0, 1] of any size.
+
+    `save_pretrained` writes vtc's two files, which `from_pretrained` reads as it does diffusers' own folders.
 
     The networks are not local: with `enable_tiling` a result differs from the one of the whole image, see
     `tiling_error`. Half precision may overflow in some of them (SDXL's): `decode` then repeats the work in float32.
@@ -104,6 +109,7 @@ class DiffusersAutoencoder(nn.Module):
         if not isinstance(model, tuple(AUTOENCODERS.values())):
             raise ConfigError(f"DiffusersAutoencoder takes {', '.join(AUTOENCODERS)}, not {type(model).__name__}.")
         self.model: Any = cast(Any, model.eval())
+        mend_group_norms(self.model)
         self.tiles_by_stride = isinstance(model, AutoencoderDC)  # others tile by overlap
         config: Any = self.model.config
         if self.tiles_by_stride:
@@ -114,17 +120,42 @@ class DiffusersAutoencoder(nn.Module):
         self.shift = float(config.get("shift_factor") or 0.0)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], subfolder: str | None = None) -> Self:
-        """From a folder or a repository on the Hub, of whichever kind its config.json says; safetensors only."""
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str], subfolder: str | None = None,
+                        **settings: Any) -> Self:
+        """From a folder or a repository on the Hub, of diffusers or of vtc, as its config.json says; safetensors only.
+
+        settings: replace what config.json says, such as the `alignment` of a ScaleConsistentVAE. An AutoencoderKL with
+            a `stride` of 2 is a ScaleConsistentVAE.
+        """
         try:
-            config = AutoencoderKL.load_config(str(name_or_path), subfolder=subfolder)
+            config: Any = AutoencoderKL.load_config(str(name_or_path), subfolder=subfolder)
         except (OSError, ValueError) as error:
             raise ModelError(f"No autoencoder of diffusers at {str(name_or_path)!r}: {error}") from error
-        name = config.get("_class_name")
+        ours = config.get("class") == cls.__name__
+        name = config.get("kind" if ours else "_class_name")
+        if name == "AutoencoderKL" and (settings.get("stride") or config.get("stride") or 1) != 1:
+            name = "ScaleConsistentVAE"
         if name not in AUTOENCODERS:
             raise ModelError(f"{str(name_or_path)!r} holds a {name}; supported are {', '.join(AUTOENCODERS)}, and "
                              "VQModel through DiffusersVQ.")
-        return cls(_load(AUTOENCODERS[name], name_or_path, subfolder))
+        if not ours:
+            adapter = cls(_load(AUTOENCODERS[name], name_or_path, subfolder, **settings))
+            adapter.exact_weights = True
+            return adapter
+        config, tensors = read_model(Path(name_or_path))
+        try:
+            adapter = cls(AUTOENCODERS[name](**{**config["settings"], **settings}))
+            adapter.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"The model {str(name_or_path)!r} does not fit {name}: {reason}") from error
+        adapter.exact_weights = any(t.dtype == torch.float32 for t in tensors.values())
+        return adapter.eval()
+
+    def arguments(self) -> dict[str, Any]:
+        """Kind and settings of the model within, as they stand in config.json."""
+        kind = next(name for name, known in reversed(AUTOENCODERS.items()) if isinstance(self.model, known))
+        return {"kind": kind, "settings": _settings(self.model)}
 
     @torch.no_grad()
     def encode(self, images: Tensor, sample: bool = False, generator: torch.Generator | None = None) -> Latents:
@@ -162,18 +193,22 @@ class DiffusersAutoencoder(nn.Module):
         return (images.float() * 0.5 + 0.5)[..., : latents.height, : latents.width].clamp(0, 1)
 
     def enable_tiling(self, tile: int = 512, overlap: float = 0.25) -> None:
-        """Work in overlapping tiles of `tile` pixels, which share `overlap` of their side and are blended."""
+        """Work in overlapping tiles of `tile` pixels, which share `overlap` of their side and are blended.
+
+        A RuntimeWarning says that tiles change the result; memory is then bounded by the tile.
+        """
         f, latent = self.downsample, tile // self.downsample
         common = round(latent * overlap)
         if tile % f or latent < 1:
             raise ConfigError(f"A tile's side is a multiple of {f} pixels, not {tile}.")
         if not 0 <= overlap < 1 or abs(common - latent * overlap) > 1e-6:
             raise ConfigError(f"An overlap of {overlap} does not cut tiles of {latent} latents at whole latents.")
+        warn_of_tiles(self)
         stride = (latent - common) * f
         if self.tiles_by_stride:
             self.model.enable_tiling(tile, tile, stride, stride)
         else:
-            self.model.enable_tiling()
+            self.model.use_tiling = True
             self.model.tile_sample_min_size, self.model.tile_latent_min_size = tile, latent
             self.model.tile_overlap_factor = overlap
 
@@ -196,17 +231,20 @@ class DiffusersAutoencoder(nn.Module):
             self.model.use_tiling = tiling
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _settings(model: Any) -> dict[str, Any]:
+    """The config of a diffusers model without diffusers' notes, tuples as lists."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in model.config.items() if not k.startswith("_")}
 
 
-def _load(cls: Any, name_or_path: str | os.PathLike[str], subfolder: str | None) -> Any:
+def _load(cls: Any, name_or_path: str | os.PathLike[str], subfolder: str | None, **settings: Any) -> Any:
     path = Path(name_or_path)
     where = path if path.is_dir() else str(name_or_path)
     try:  # a pickle would be run
-        model, info = cls.from_pretrained(where, subfolder=subfolder, use_safetensors=True, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{cls.__name__} does not load from {str(name_or_path)!r}: {error}") from error
+        model, info = cls.from_pretrained(where, subfolder=subfolder, use_safetensors=True, output_loading_info=True,
+                                          **settings)
+    except (OSError, ValueError, RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{cls.__name__} does not load from {str(name_or_path)!r}: {reason}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(what):
             raise ModelError(f"{cls.__name__} does not fit {str(name_or_path)!r}: {what} {list(info[what])[:8]}.")

@@ -56,6 +56,16 @@ class GroupNorm(nn.GroupNorm):
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
 
 
+def mend_group_norms(network: nn.Module) -> None:
+    """Gives every group norm in a network of others the class above; parameters and their names stay."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.GroupNorm:
+                norm = GroupNorm(child.num_groups, child.num_channels, child.eps, affine=False)
+                norm.affine, norm.weight, norm.bias = child.affine, child.weight, child.bias
+                setattr(module, name, norm.train(child.training))
+
+
 def group_norm(width: int) -> nn.GroupNorm:
     """Group norm as all these networks use it: 32 groups, eps 1e-6. Its statistics run over the whole image."""
     if width % 32:
@@ -216,7 +226,13 @@ class Decoder(nn.Module):
 
 
 def pad_to_multiple(images: Tensor, factor: int) -> Tensor:
-    """Images whose sides are multiples of `factor`: the last row and column are repeated below and to the right."""
+    """Images whose sides are multiples of `factor`: the last row and column are repeated below and to the right.
+
+    ConfigError unless they are (B, 3, H, W), floating-point and of at least one pixel.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or 0 in images.shape[2:]:
+        raise ConfigError("A network takes float images of shape (B, 3, H, W) in [0, 1], not "
+                          f"{images.dtype} of shape {tuple(images.shape)}.")
     height, width = images.shape[-2:]
     if height % factor == 0 and width % factor == 0:
         return images
@@ -294,6 +310,18 @@ class GridTokenizer(FormattedTokenizer):
         images = self.reconstruct(self.codes(tokens))
         return images[..., : tokens.height, : tokens.width].clamp(0, 1)
 
+    @property
+    def stages(self) -> Literal["scales", "groups"] | None:
+        return "groups" if isinstance(self.quantizer, ResidualQuantizer) else None
+
+    @torch.no_grad()
+    def decode_stages(self, tokens: Tokens, count: int) -> Tensor:
+        if self.stages is None:
+            return super().decode_stages(tokens, count)
+        (grid,) = tokens.grids()
+        images = self.reconstruct(self.quantizer.indices_to_codes(grid[..., :count]))
+        return images[..., : tokens.height, : tokens.width].clamp(0, 1)
+
 
 class MultiScaleTokenizer(FormattedTokenizer):
     """A tokenizer whose image is a pyramid of token grids, coarse to fine; all grids are codes of one latent map.
@@ -359,6 +387,18 @@ class MultiScaleTokenizer(FormattedTokenizer):
     @torch.no_grad()
     def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
         return self._crop(self.codes(tokens), tokens)
+
+    @property
+    def stages(self) -> Literal["scales", "groups"] | None:
+        return "scales"
+
+    @torch.no_grad()
+    def decode_stages(self, tokens: Tokens, count: int) -> Tensor:
+        if not 1 <= count <= len(tokens.layout.scales):
+            raise ConfigError(f"These tokens have 1 to {len(tokens.layout.scales)} scales, not {count}.")
+        length = sum(rows * columns for rows, columns in tokens.layout.scales[:count])
+        indices = tokens.indices[:, :length] if self.grouped_indices else tokens.indices[:, :length, 0]
+        return self._crop(self.quantizer.partial_sums(indices, tokens.layout.scales)[-1], tokens)
 
     @torch.no_grad()
     def decode_progressively(self, tokens: Tokens) -> list[Tensor]:

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vtc.errors import ConfigError
+from vtc.tokenizers.layers import mend_group_norms
+from vtc.tokenizers.tiling import warn_of_tiles
 from vtc.torchvision_guard import ensure_torchvision_imports
 
 ensure_torchvision_imports()  # diffusers imports torchvision where it is installed
@@ -105,6 +107,9 @@ class ScaleConsistentVAE(AutoencoderKL):
     tiled result differs from the whole, as it does in AutoencoderKL; `tiling_error` says by how much.
     """
 
+    #: group norm and attention see the whole image
+    is_local = False
+
     # diffusers declares no types for what it assigns
     encoder: Any
     decoder: Any
@@ -139,6 +144,7 @@ class ScaleConsistentVAE(AutoencoderKL):
                                       mid_block_add_attention=mid_block_add_attention)
             decoder.alignment = alignment
             self.decoder = decoder
+        mend_group_norms(self)
         self.tile_latent_min_size = int(self.tile_sample_min_size / self.downsample)
 
     def decode_with_features(self, z: Tensor) -> DecodedWithFeatures:
@@ -152,6 +158,7 @@ class ScaleConsistentVAE(AutoencoderKL):
     def enable_tiling(self, use_tiling: bool = True, tile: int | None = None, overlap: float | None = None) -> None:
         """Work in overlapping tiles that are blended; memory is then bounded by the tile.
 
+        A RuntimeWarning says that tiles change the result.
         tile: side in pixels, a multiple of `downsample`; by default the config's sample_size.
         overlap: share of a tile that it has in common with the next, 0 to below 1; by default 0.25.
         """
@@ -162,6 +169,8 @@ class ScaleConsistentVAE(AutoencoderKL):
             raise ConfigError(f"A tile's side is a multiple of {self.downsample} pixels, not {side}.")
         if not 0 <= share < 1 or int(latent * (1 - share)) * self.downsample != int(side * (1 - share)):
             raise ConfigError(f"An overlap of {share} does not cut tiles of {latent} latents at whole latents.")
+        if use_tiling:
+            warn_of_tiles(self)
         self.use_tiling = use_tiling
         self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor = side, latent, share
 

@@ -12,8 +12,9 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from vtc.errors import ConfigError
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 
 #: side in pixels of a tile without its halo: activations of some 400 MB for the bundled model
@@ -21,7 +22,11 @@ DEFAULT_TILE = 1024
 
 
 def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE) -> Tokens:
-    """`tokenizer.encode(images)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
+    """`tokenizer.encode(images)`, tile by tile where the tokenizer is local and the images are larger than a tile.
+
+    tile: side in pixels, without the halo that is read around it; rounded down to whole tokens.
+    """
+    _check(tokenizer, tile)
     height, width = images.shape[-2:]
     layout = tokenizer.layout(height, width)
     if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, layout):
@@ -39,7 +44,11 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE)
 
 def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generator | None = None,
                  tile: int = DEFAULT_TILE) -> Tensor:
-    """`tokenizer.decode(tokens)`, tile by tile where the tokenizer is local and the images are larger than a tile."""
+    """`tokenizer.decode(tokens)`, tile by tile where the tokenizer is local and the images are larger than a tile.
+
+    tile: as of `encode_tiled`.
+    """
+    _check(tokenizer, tile)
     height, width = tokens.height, tokens.width
     if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, tokens.layout):
         return tokenizer.decode(tokens, generator=generator)
@@ -57,6 +66,17 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
             y, x = (slice(s.start * f, s.stop * f) for s in (inner_rows, inner_columns))
             images[..., y, x] = pixels[..., _within(y, _scaled(outer_rows, f)), _within(x, _scaled(outer_columns, f))]
     return images
+
+
+def warn_of_tiles(network: nn.Module) -> None:
+    """A RuntimeWarning to whoever called what calls this: tiles of this network do not add up to the whole."""
+    warnings.warn(f"{type(network).__name__} is not local: group norm and attention see their tile only, so tiles change "
+                  "its result; tiling_error says by how much.", RuntimeWarning, stacklevel=3)
+
+
+def _check(tokenizer: Tokenizer, tile: int) -> None:
+    if tile < tokenizer.downsample:
+        raise ConfigError(f"A tile's side is at least the {tokenizer.downsample} pixels of one token, not {tile}.")
 
 
 def _can_tile(tokenizer: Tokenizer, layout: TokenLayout) -> bool:

@@ -63,11 +63,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> Self:  # type: ignore[override]  # one argument, on purpose
         """A model in eval mode, float32, on the CPU, from a bundled name, a folder, or a Hub repository."""
-        try:
-            config: dict[str, Any] = json.loads(fetch(name_or_path, CONFIG).read_text())
-            tensors = load_file(fetch(name_or_path, WEIGHTS))
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
+        config, tensors = read_model(name_or_path)
         if config.pop("class", cls.__name__) != cls.__name__:
             raise ModelError(f"The model {str(name_or_path)!r} is not a {cls.__name__}.")
         try:
@@ -84,8 +80,24 @@ class PretrainedMixin(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
         save_file(stored_tensors(cast(nn.Module, self), exact=self.exact_weights), save_directory / WEIGHTS)
-        config = {"class": type(self).__name__, **cast(dict[str, Any], self._hub_mixin_config)}
+        config = {"class": type(self).__name__, **self.arguments()}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, as they stand in config.json."""
+        return cast(dict[str, Any], self._hub_mixin_config)
+
+
+def read_model(name_or_path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a model's folder; see `fetch`. ModelError where they cannot be read."""
+    try:
+        config = json.loads(fetch(name_or_path, CONFIG).read_text())
+        tensors = load_file(fetch(name_or_path, WEIGHTS))
+    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"The model {str(name_or_path)!r} is damaged: its {CONFIG} is no object.")
+    return config, tensors
 
 
 def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",), exact: bool = False) -> dict[str, Tensor]:
