@@ -95,7 +95,7 @@ def test_one_picture_there_and_back(here: Path, run: Say) -> None:
     pixels = torch.from_numpy(np.array(Image.open("a.png"))).permute(2, 0, 1)[None] / 255
     (stream,) = codec.compress(pixels)
     assert Path("a.vtc").read_bytes() == stream
-    assert run("decode", "a.vtc", "-o", "b.png", "-q").err == ""
+    assert run("decode", "a.vtc", "-o", "b.png", "--quiet").err == ""
     expected = np.rint(codec.decompress([stream])[0].permute(1, 2, 0).numpy() * 255)
     np.testing.assert_array_equal(np.asarray(Image.open("b.png")), expected)
     assert tree(here) == ["a.png", "a.vtc", "b.png"]
@@ -134,7 +134,7 @@ def test_what_was_done_to_the_picture_is_said(here: Path, run: Say) -> None:
     result = run("encode", "b.png", "--json")
     assert result.err == "b.png: composited transparency on white.\n"
     assert json.loads(result.out)["notes"] == ["composited transparency on white"]
-    assert run("encode", "b.png", "-q").err == ""
+    assert run("encode", "b.png", "--quiet").err == ""
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (17, 33)])
@@ -199,7 +199,7 @@ def test_folders_keep_their_names_and_order(jobs: str, here: Path, run: Say) -> 
     for fact in facts:  # each has its own picture's stream
         alone = run("encode", fact["input"], "-o", "-").out
         assert Path(fact["output"]).read_bytes() == alone
-    assert run("decode", "out", "-o", "back/", "--format", "jpeg", "-q", "-j", jobs).err == ""
+    assert run("decode", "out", "-o", "back/", "--format", "jpeg", "--quiet", "-j", jobs).err == ""
     assert tree(here / "back") == ["a.jpg", "sub/b.jpg", "sub/deep/c.jpg", "y.jpg", "z.jpg"]
 
 
@@ -214,7 +214,7 @@ def test_a_batch_goes_on_and_ends_with_its_failures(here: Path, run: Say) -> Non
 
 def test_two_inputs_never_share_an_output(here: Path, run: Say) -> None:
     picture("a.jpg", seed=1)
-    result = run("encode", "a.png", "a.jpg", "-q")
+    result = run("encode", "a.png", "a.jpg", "--quiet")
     assert result.code == 1
     assert result.lines[-1].startswith("a.jpg would overwrite a.vtc, which a.png becomes; ")
     assert Path("a.vtc").read_bytes() == run("encode", "a.png", "-o", "-").out
@@ -351,7 +351,7 @@ def test_a_full_disk_leaves_nothing(here: Path, run: Say, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "fsync", full)
     failed(run("encode", "a.png"), "a.vtc cannot be written: no space left on device")
     picture("b.png")
-    result = run("encode", "a.png", "b.png", "-o", "out/", "-q")
+    result = run("encode", "a.png", "b.png", "-o", "out/", "--quiet")
     assert result.code == 1 and len(result.lines) == 3
     assert tree(here) == ["a.png", "b.png"]
 
@@ -401,7 +401,7 @@ def _hear_interrupts() -> None:
                                               (signal.SIGTERM, ["pipe", "a.png", "-o", "out", "-j", "2"])])
 def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Path, models: Path) -> None:
     os.mkfifo("pipe")
-    process = subprocess.Popen(command_line(models, "encode", *argv, "-q"), stderr=subprocess.PIPE, env=ENVIRONMENT,
+    process = subprocess.Popen(command_line(models, "encode", *argv, "--quiet"), stderr=subprocess.PIPE, env=ENVIRONMENT,
                                preexec_fn=_hear_interrupts)
     writer = None
     while writer is None and process.poll() is None:
@@ -459,7 +459,7 @@ def test_a_folder_that_cannot_be_read(here: Path, run: Say, monkeypatch: pytest.
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    result = run("encode", "p", "-q")
+    result = run("encode", "p", "--quiet")
     assert result.code == 1 and Path("p/b.vtc").exists()
     assert result.lines[-1] == "The folder p/locked cannot be read: permission denied."
 
@@ -468,13 +468,13 @@ def test_a_folder_that_cannot_be_read(here: Path, run: Say, monkeypatch: pytest.
 def test_a_reader_that_went_away_and_a_file_size_limit(here: Path, models: Path) -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
-    done = subprocess.run(command_line(models, "encode", "a.png", "-o", "-", "-q"), stdout=write_end,
+    done = subprocess.run(command_line(models, "encode", "a.png", "-o", "-", "--quiet"), stdout=write_end,
                           stderr=subprocess.PIPE, env=ENVIRONMENT, check=False)
     os.close(write_end)
     assert (done.returncode, done.stderr) == (1, b"vtc-encode: the reader of stdout closed it before the end.\n")
 
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
-    command = command_line(models, "encode", "a.png", "-q")
+    command = command_line(models, "encode", "a.png", "--quiet")
     command[2] = limited + command[2]
     done = subprocess.run(command, capture_output=True, env={**ENVIRONMENT, "PYTHONDONTWRITEBYTECODE": "1"},
                           check=False)

@@ -56,7 +56,7 @@ class _Fingerprints(Mapping[str, str]):
         return about.fingerprints[size]
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name in MODEL_IDS if name in self.single or name in MEMBERS and self._has(name))
+        return (name for name in MODEL_IDS if name in self.single or (name in MEMBERS and self._has(name)))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

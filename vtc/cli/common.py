@@ -37,13 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser, output_help: str, model_help:
 
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders; '-' is stdin")
     parser.add_argument("-o", "--output", metavar="PATH", type=_not_empty, help=output_help)
-    parser.add_argument("-j", "--jobs", type=_jobs, default=1, metavar="N",
+    parser.add_argument("-j", "--jobs", type=job_count, default=1, metavar="N",
                         help="files in work at the same time; 0: one a processor; default 1, which uses all processors")
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", type=_not_empty, help=model_help)
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:N, mps or xpu")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:N, mps or xpu")
     parser.add_argument("--json", action="store_true",
                         help="one JSON object a file on stdout, or on stderr where the output goes to stdout")
-    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but failures")
+    parser.add_argument("--quiet", action="store_true", help="say nothing but failures")
     parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
 
 
@@ -53,13 +53,13 @@ def _not_empty(text: str) -> str:
     return text
 
 
-def _jobs(text: str) -> int:
+def job_count(text: str) -> int:
     if not re.fullmatch(r"\d{1,4}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of jobs")
     return int(text) or usable_cpus()
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
     if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d{1,3})?)", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N, mps, xpu")
     return text
@@ -90,11 +90,14 @@ def _use_threads(count: int) -> None:
         torch.set_num_threads(count)
 
 
-def load_model(name_or_path: str, device: str) -> Tokenizer:
-    """A tokenizer on its device; no download. Raises ModelError, and ConfigError where there is no such device."""
+def load_model(name_or_path: str, device: str, size: int | None = None) -> Tokenizer:
+    """A tokenizer, or the member of its family with `size` words, on its device; no download.
+
+    Raises ModelError, and ConfigError where there is no such device.
+    """
     from vtc.models import load_tokenizer
 
-    tokenizer = load_tokenizer(name_or_path, allow_download=False)
+    tokenizer = load_tokenizer(name_or_path, allow_download=False, size=size)
     try:
         return tokenizer.to(device)
     except (RuntimeError, AssertionError) as error:
@@ -163,6 +166,7 @@ class Made:
     """What became of one file: its new bytes, facts for --json, and what was done to it on the way.
 
     loading: seconds of the work that went into loading a model, or waiting for it; they are not the file's.
+    quality: that an encoder chose or was told, where its model has several.
     """
 
     data: bytes
@@ -171,6 +175,7 @@ class Made:
     coded_bytes: int
     notes: Sequence[str] = field(default=())
     loading: float = 0.0
+    quality: int | None = None
 
 
 def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int, as_json: bool, quiet: bool) -> int:
@@ -191,7 +196,7 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
             bar.clear()
             say(text)
 
-    with bar, _stopping(prog, jobs):
+    with bar, stopping(prog, jobs):
         for task, outcome in _outcomes(tasks, work, jobs):
             facts: dict[str, Any] = {"input": task.source}
             try:
@@ -210,6 +215,8 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                 bpp = 8 * made.coded_bytes / (made.width * made.height)
                 facts |= {"output": task.target, "width": made.width, "height": made.height,
                           "bytes": made.coded_bytes, "bpp": bpp, "seconds": round(seconds, 4)}
+                if made.quality is not None:
+                    facts["quality"] = made.quality
                 if made.notes:
                     facts["notes"] = list(made.notes)
                     tell(f"{task.source}: {'; '.join(made.notes)}.")
@@ -239,7 +246,7 @@ def not_called(task: Task) -> Made:
 
 
 @contextmanager
-def _stopping(prog: str, jobs: int) -> Iterator[None]:
+def stopping(prog: str, jobs: int) -> Iterator[None]:
     """Exit at once on Ctrl-C: a thread amid a picture cannot be stopped, and Python would wait for it."""
     try:
         yield

@@ -28,7 +28,7 @@ from vtc.cli.common import (
 from vtc.cli.plan import Task, UsageError, plan
 from vtc.errors import ModelError, VtcError
 from vtc.files import read_file
-from vtc.models import FINGERPRINTS, name_of
+from vtc.models import FINGERPRINTS, name_of, size_of
 
 if TYPE_CHECKING:
     from vtc.codecs.container import Container
@@ -97,14 +97,14 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
     from vtc.images import MAX_PIXELS, encode_image
 
     share_cpus(jobs)
-    codecs: dict[str, TokenCodec] = {}
+    codecs: dict[tuple[str, int | None], TokenCodec] = {}
     loading = threading.Lock()
 
-    def codec_for(name: str) -> TokenCodec:
+    def codec_for(name: str, size: int | None = None) -> TokenCodec:
         with loading:
-            if name not in codecs:
-                codecs[name] = TokenCodec(load_model(name, device), max_pixels=MAX_PIXELS)
-            return codecs[name]
+            if (name, size) not in codecs:
+                codecs[name, size] = TokenCodec(load_model(name, device, size), max_pixels=MAX_PIXELS)
+            return codecs[name, size]
 
     if model is not None:
         codec_for(model)  # a model that cannot be loaded is one failure, not one for each file
@@ -113,7 +113,7 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
         stream = read_file(task.source)
         header = container.parse(stream, MAX_PIXELS)
         start = time.perf_counter()
-        codec = codec_for(model or _bundled_model(header))
+        codec = codec_for(model, size_of(model, header.fingerprint)) if model else codec_for(_bundled_model(header))
         loading = time.perf_counter() - start
         (image,) = codec.decompress([stream])
         return Made(encode_image(image, format), header.width, header.height, len(stream), loading=loading)

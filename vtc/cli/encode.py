@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
+import threading
+import time
 from collections.abc import Callable, Sequence
 
 from vtc.cli.common import Made, add_arguments, guarded, load_model, not_called, run, share_cpus
 from vtc.cli.plan import Task, UsageError, plan
-from vtc.models import DEFAULT_MODEL
+from vtc.models import DEFAULT_MODEL, family_of
 
 #: what a folder is searched for; a file that is named may be anything that Pillow reads
 PICTURE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga",
@@ -23,7 +26,26 @@ def make_parser() -> argparse.ArgumentParser:
                                       "for several inputs; default: next to the input, ending in .vtc",
                   model_help=f"bundled model or the folder of one; default {DEFAULT_MODEL}")
     parser.set_defaults(model=DEFAULT_MODEL)
+    rate = parser.add_mutually_exclusive_group()
+    rate.add_argument("-q", "--quality", type=_whole, metavar="N",
+                      help="1 (smallest files) to 10 (the default); each step is one of the model's family")
+    rate.add_argument("--bpp", type=_rate, metavar="X",
+                      help="the highest quality whose whole file has at most X bits per pixel")
+    rate.add_argument("--bytes", type=_whole, metavar="N",
+                      help="the highest quality whose whole file has at most N bytes")
     return parser
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 up")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{0,4}\.?[0-9]{0,9}", text) or not re.search(r"[1-9]", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number of bits per pixel")
+    return float(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,24 +59,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             parser.error(str(error))
         jobs = min(args.jobs, len(tasks))
-        work = not_called if all(task.problem for task in tasks) else _encoder(args.model, args.device, jobs)
+        work = not_called if all(task.problem for task in tasks) else _encoder(args, jobs)
         return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
 
     return guarded(parser, command)
 
 
-def _encoder(model: str, device: str, jobs: int) -> Callable[[Task], Made]:
+def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
+    from vtc.codecs.rates import RateControl
     from vtc.codecs.token_codec import TokenCodec
     from vtc.files import read_file
     from vtc.images import load_image
 
     share_cpus(jobs)
-    codec = TokenCodec(load_model(model, device))
+    family = family_of(args.model)
+    sizes = (*family.sizes, None) if family else (None,)  # by quality; the last is the model itself
+    loaded: dict[int, TokenCodec] = {}
+    loading, waited = threading.Lock(), threading.local()
+
+    def codec_of(quality: int) -> TokenCodec:
+        with loading:
+            if quality not in loaded:
+                start = time.perf_counter()
+                loaded[quality] = TokenCodec(load_model(args.model, args.device, sizes[quality - 1]))
+                waited.seconds = getattr(waited, "seconds", 0.0) + time.perf_counter() - start
+            return loaded[quality]
+
+    rates = RateControl(codec_of, len(sizes))
+    rates.codec(args.quality or rates.qualities)  # a model that cannot be loaded is one failure, not one for each file
 
     def work(task: Task) -> Made:
         name = "stdin" if task.source == "-" else task.source
         image = load_image(read_file(task.source), name=name)
-        (stream,) = codec.compress(image.tensor()[None])
-        return Made(stream, image.width, image.height, len(stream), image.notes)
+        waited.seconds = 0.0
+        if args.bytes is not None:
+            stream, quality = rates.compress_within(image.tensor(), args.bytes)
+        elif args.bpp is not None:
+            stream, quality = rates.compress_at(image.tensor(), args.bpp)
+        else:
+            quality = args.quality or rates.qualities
+            stream = rates.compress(image.tensor(), quality)
+        return Made(stream, image.width, image.height, len(stream), image.notes, waited.seconds,
+                    quality if family else None)
 
     return work

@@ -1,0 +1,142 @@
+"""Making a model's family: smaller codebooks by clustering, fine-tuned with frozen trunks, counted, and checked.
+
+The members come one after another, largest first. Each begins with the base's words clustered to its size and with the
+projections of the member before it, so that what the coarse ones need most is learned the longest; the words follow
+the latents by moving average, the projections by gradient. The script `scripts/finetune_codebook.py` holds the flags.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vtc.codecs.entropy import frequencies_from_counts
+from vtc.errors import TrainingError
+from vtc.images import load_image
+from vtc.tokenizers.codebook_clustering import with_codebook
+from vtc.tokenizers.codebook_finetuning import CodebookFinetuning
+from vtc.tokenizers.local_vq import LocalVQ
+from vtc.training.data import RandomCrops
+from vtc.training.perceptual import PerceptualLoss
+
+#: what a member has of its own, beside its words and its table
+PROJECTIONS = ("encoder.head.", "decoder.stem.")
+
+
+@dataclass
+class CodebookRecipe:
+    """Hyper-parameters of one family; each is a flag of `scripts/finetune_codebook.py`."""
+
+    resolution: int = 192
+    train_batch_size: int = 6
+    gradient_accumulation_steps: int = 1
+    #: of a member of at most `whole_below` words; each doubling beyond it halves them
+    max_train_steps: int = 200
+    whole_below: int = 128
+    #: members of more words keep their clustered codebook as it is: the paper gains nothing there
+    tuned_below: int = 512
+    learning_rate: float = 1e-3
+    lr_warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    #: of LPIPS beside L1 of images in [-1, 1]; 2/3 is the ratio in which the bundled base was trained
+    perceptual_weight: float = 2 / 3
+    seed: int = 0
+
+    def steps(self, size: int) -> int:
+        """Steps that a member of `size` words trains for."""
+        if size > self.tuned_below:
+            return 0
+        return round(self.max_train_steps * min(1.0, self.whole_below / size))
+
+    def learning_rate_at(self, step: int, steps: int) -> float:
+        """Linear warm-up, then a cosine down to nothing."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, steps - self.lr_warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def start_member(base: LocalVQ, codebook: Tensor, larger: LocalVQ | None) -> LocalVQ:
+    """A copy of the base with these (S, d) words, and with the projections of the next larger member."""
+    member = with_codebook(base, codebook)
+    if larger is not None:
+        tensors = {name: t for name, t in larger.state_dict().items() if name.startswith(PROJECTIONS)}
+        member.load_state_dict({**member.state_dict(), **tensors})
+    return member
+
+
+def finetune(member: LocalVQ, recipe: CodebookRecipe, accelerator: Accelerator, files: Sequence[Path],
+             perceptual: PerceptualLoss) -> list[dict[str, float]]:
+    """Train a member's words and projections in place; the losses of each step.
+
+    With several processes the gradients of the projections, some ten thousand numbers, are averaged by hand, and the
+    words follow the latents of all.
+    """
+    steps = recipe.steps(member.quantizer.codebook_size)
+    member.to(accelerator.device)
+    tuning = CodebookFinetuning(member, lambda output, images: perceptual(images, output),
+                                trained=("quantizer.", *PROJECTIONS), balance="decoder.stem.weight",
+                                perceptual_weight=recipe.perceptual_weight)
+    parameters = list(tuning.trained_parameters())
+    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=(0.5, 0.9))
+    batches = iter(_loader(recipe, accelerator, files, steps))
+    log: list[dict[str, float]] = []
+    for step in tqdm(range(steps), desc=f"S={member.quantizer.codebook_size}",
+                     disable=not accelerator.is_main_process):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate_at(step, steps)
+        for part in range(recipe.gradient_accumulation_steps):
+            images = (next(batches).float() / 255).contiguous(memory_format=torch.channels_last)
+            # after the batch: the first one also starts the worker, which draws a number
+            torch.manual_seed(hash((recipe.seed, step, part, accelerator.process_index)))
+            with accelerator.autocast():
+                terms = tuning.generator_step(images)
+            accelerator.backward(terms["loss"] / recipe.gradient_accumulation_steps)
+        for parameter in parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.append({name: float(terms[name]) for name in ("loss", "pixel", "perceptual", "quantizer")})
+        if not math.isfinite(log[-1]["loss"]):
+            raise TrainingError(f"The loss is not finite at step {step} of S={member.quantizer.codebook_size}; begin "
+                                "anew with a lower --learning_rate.")
+    member.requires_grad_(True).cpu().eval()
+    return log
+
+
+def _loader(recipe: CodebookRecipe, accelerator: Accelerator, files: Sequence[Path], steps: int) -> Any:
+    """Batches (B, 3, R, R) uint8: crop n is the same whatever was trained before, or resumed."""
+    crops = RandomCrops(list(files), recipe.resolution, recipe.seed)
+    count = steps * recipe.gradient_accumulation_steps * recipe.train_batch_size * accelerator.num_processes
+    return accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=range(count), num_workers=1,
+                                          prefetch_factor=4, drop_last=True))
+
+
+@torch.inference_mode()
+def count_words(members: dict[int, LocalVQ], files: Sequence[Path]) -> dict[int, NDArray[np.int64]]:
+    """How often each member uses each of its words on whole pictures; their common trunk runs once a picture."""
+    counts = {size: np.zeros(size, dtype=np.int64) for size in members}
+    trunk = next(iter(members.values()))
+    for file in tqdm(files, desc="counting", unit="image"):
+        features = trunk.features(load_image(file).tensor()[None])
+        for size, member in members.items():
+            indices = member.quantizer(member.encoder.project(features)).indices
+            counts[size] += np.bincount(indices.flatten().numpy(), minlength=size)
+    return counts
+
+
+def set_table(member: LocalVQ, counts: NDArray[np.int64]) -> None:
+    """The entropy-coding table that suits these counts plus one half (Krichevsky-Trofimov)."""
+    member.token_frequencies = torch.from_numpy(frequencies_from_counts(2 * counts + 1)).int()[None]
