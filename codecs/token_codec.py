@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vtc.codecs import container, entropy
+from vtc.codecs import chunks, container, entropy, resilience
+from vtc.codecs.chunks import ChunkedContainer, Division
 from vtc.codecs.container import Coder, Container
+from vtc.codecs.entropy import Indices
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 from vtc.tokenizers.tiling import decode_tiled, encode_tiled
@@ -23,18 +26,19 @@ from vtc.tokenizers.tiling import decode_tiled, encode_tiled
 class Prior(Protocol):
     """A learned prior of one grid of tokens, in whole numbers: `vtc.codecs.prior.TokenPrior`.
 
-    The words of the (K, d) codebook are known to it by their vectors, so one prior serves every codebook of a latent
-    space. `decode` is the inverse of `encode` on every machine, and raises BitstreamError where a payload is not
-    exactly the code of such indices.
+    `decode` is the inverse of `encode` on every machine, and raises BitstreamError where a payload is not exactly the
+    code of such indices.
     """
 
     #: 8 bytes that change when anything that decoding reads changes
     fingerprint: bytes
+    #: words of the codebooks that it knows
+    sizes: tuple[int, ...]
 
-    def encode(self, indices: NDArray[np.int64], grid: tuple[int, int], codebook: Tensor) -> bytes:
-        """Indices (L,) of a grid of (rows, columns), row by row, to a payload."""
+    def encode(self, indices: Indices, grid: tuple[int, int], codebook: int) -> bytes:
+        """Indices (L,) of a grid of (rows, columns), row by row, in the codebook of so many words, to a payload."""
 
-    def decode(self, payload: bytes, grid: tuple[int, int], codebook: Tensor) -> NDArray[np.int64]:
+    def decode(self, payload: bytes, grid: tuple[int, int], codebook: int) -> Indices:
         """A payload to indices (L,)."""
 
 
@@ -43,6 +47,24 @@ class Concealer(Protocol):
 
     def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
         """Indices (B, L) int64 with those marked in `lost` (B, L) bool replaced; what is marked is not read."""
+
+
+class Received(NamedTuple):
+    """What arrived of one image.
+
+    tokens: a batch of one; lost indices are 0.
+    lost: (1, L, G) bool, which of them are lost.
+    stages: of a stream in scales or levels, how many of them arrived from the first on; None for any other stream.
+    """
+
+    tokens: Tokens
+    lost: Tensor
+    stages: int | None = None
+
+    @property
+    def share_lost(self) -> float:
+        """Of all indices, 0 to 1."""
+        return self.lost.float().mean().item()
 
 
 class TokenCodec:
@@ -69,8 +91,11 @@ class TokenCodec:
         self.tables = None if table is None else entropy.StaticTables(table.detach().long().cpu().numpy())
 
     @torch.no_grad()
-    def compress(self, images: Tensor) -> list[bytes]:
-        """(B, 3, H, W) float images in [0, 1] to B streams. Raises ImageError for any other shape, type or size."""
+    def compress(self, images: Tensor, resilience: int = 0, progressive: bool = False) -> list[bytes]:
+        """(B, 3, H, W) float images in [0, 1] to B streams. Raises ImageError for any other shape, type or size.
+
+        resilience, progressive: as of `compress_tokens`.
+        """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ImageError("TokenCodec.compress takes float images of shape (B, 3, H, W) in [0, 1], not "
                              f"{images.dtype} of shape {tuple(images.shape)}.")
@@ -79,54 +104,173 @@ class TokenCodec:
             container.check_limits(height, width, ((1, 1),), 1, self.max_pixels)
         except BitstreamError as error:
             raise ImageError(f"The image cannot be coded: {error}") from error
-        return self.compress_tokens(encode_tiled(self.tokenizer, images.to(_device(self.tokenizer))))
+        self._division(resilience, progressive)  # what cannot be coded is said before the work
+        tokens = encode_tiled(self.tokenizer, images.to(_device(self.tokenizer)))
+        return self.compress_tokens(tokens, resilience, progressive)
 
     @torch.no_grad()
-    def decompress(self, streams: list[bytes], generator: torch.Generator | None = None) -> list[Tensor]:
+    def decompress(self, streams: list[bytes], generator: torch.Generator | None = None, strict: bool = False,
+                   ) -> list[Tensor]:
         """Streams of `compress` to images (3, H, W) in [0, 1] of the true sizes, on the tokenizer's device.
 
-        `generator` feeds decoders that draw noise. Raises as `decompress_tokens`.
+        generator: feeds decoders that draw noise.
+        strict: refuse a stream of which something is lost; otherwise what is lost is guessed (`receive` tells what).
+        Raises as `receive`, and BitstreamError where nothing that can be shown arrived.
         """
-        return [self._decompress_one(stream, generator) for stream in streams]
+        return [self.draw(self.receive(stream), generator, strict) for stream in streams]
 
-    def _decompress_one(self, stream: bytes, generator: torch.Generator | None) -> Tensor:
-        tokens = self.decompress_tokens(stream)
-        images = decode_tiled(self.tokenizer, tokens, generator)
+    @torch.no_grad()
+    def draw(self, received: Received, generator: torch.Generator | None = None, strict: bool = False) -> Tensor:
+        """The image (3, H, W) of what arrived. Raises as `decompress`."""
+        tokens = received.tokens
+        if strict:
+            self._refuse_loss(received)
+        if received.stages is not None and received.lost.any():
+            return self._image(self.tokenizer.decode_stages(tokens, self._shown(received)), tokens)
+        return self._image(decode_tiled(self.tokenizer, self.conceal(received), generator), tokens)
+
+    @torch.no_grad()
+    def draw_stages(self, received: Received, strict: bool = False) -> list[Tensor]:
+        """The image (3, H, W) after each scale or level that arrived, coarse to fine. Any stream will do.
+
+        Raises ConfigError where the tokenizer's tokens have no such order, otherwise as `decompress`.
+        """
+        if strict:
+            self._refuse_loss(received)
+        kind, layout = self.tokenizer.stages, received.tokens.layout
+        if kind is None:
+            raise ConfigError(f"The tokens of {type(self.tokenizer).__name__} have no order from coarse to fine, so "
+                              "there are no stages to show.")
+        count = self._shown(received) if received.stages is not None else len(layout.scales) if kind == "scales" \
+            else layout.groups
+        tokens = received.tokens if received.stages is not None else self.conceal(received)
+        return [self._image(self.tokenizer.decode_stages(tokens, n), tokens) for n in range(1, count + 1)]
+
+    def _shown(self, received: Received) -> int:
+        if not received.stages:
+            raise BitstreamError("The stream has lost its first, coarsest stage: there is nothing to show.")
+        return received.stages
+
+    def _image(self, images: Tensor, tokens: Tokens) -> Tensor:
         if images.shape != (1, 3, tokens.height, tokens.width):
             raise ModelError(f"The model drew an image of shape {tuple(images.shape)} for a stream of "
                              f"{tokens.width}x{tokens.height} pixels.")
         return images[0]
 
-    def compress_tokens(self, tokens: Tokens) -> list[bytes]:
+    def conceal(self, received: Received) -> Tokens:
+        """The tokens with guesses for what is lost: the concealer's, or else those of received neighbours.
+
+        Raises BitstreamError where nothing arrived.
+        """
+        tokens, lost = received.tokens, received.lost
+        if not lost.any():
+            return tokens
+        if lost.all():
+            raise BitstreamError("All tokens of the stream are lost: there is nothing to show.")
+        if self.concealer is not None and self.codewords is not None and _is_one_grid(tokens.layout):
+            guessed = self.concealer.conceal(tokens.indices[..., 0], lost[..., 0], tokens.layout.scales[0],
+                                             self.codewords.to(tokens.indices.device))[..., None]
+        else:
+            filled = resilience.fill_from_neighbours(tokens.indices[0].cpu().numpy(), lost[0].cpu().numpy(),
+                                                     tokens.layout, self.tables)
+            guessed = torch.from_numpy(filled)[None].to(tokens.indices.device)
+        return replace(tokens, indices=guessed)
+
+    # ---- tokens -----------------------------------------------------------------------------------------------------
+
+    def compress_tokens(self, tokens: Tokens, resilience: int = 0, progressive: bool = False) -> list[bytes]:
         """A stream for each image of the batch; exact: `decompress_tokens` gives the same indices on any machine.
 
-        Raises ConfigError where the tokens are not in the layout that the tokenizer gives to such an image.
+        resilience: interleave the tokens over so many chunks, each decodable alone, so that what is lost on the way
+            costs only what it hits; some three per cent more bytes for eight chunks. No prior then, which needs all.
+        progressive: a chunk for each scale or level, coarse to fine, so that a cut stream is a coarser picture.
+
+        Raises ConfigError where the tokens are not in the layout that the tokenizer gives to such an image, and where
+        resilience or progressive cannot be had.
         """
         layout = tokens.layout
         if self.tokenizer.layout(tokens.height, tokens.width) != layout:
             raise ConfigError(f"The tokens are not laid out as this tokenizer's for an image of "
                               f"{tokens.width}x{tokens.height} pixels.")
-        streams = []
-        for indices in tokens.indices.cpu().numpy():
-            coder, payload = self._encode(indices, layout)
-            streams.append(Container(tokens.height, tokens.width, layout.scales, layout.groups, coder, payload,
-                                     self.tokenizer.model_id, self._fingerprint(coder)).to_bytes())
-        return streams
+        division = self._division(resilience, progressive)
+        return [self._write(indices, tokens, division) for indices in tokens.indices.cpu().numpy()]
 
-    def _encode(self, indices: entropy.Indices, layout: TokenLayout) -> tuple[Coder, bytes]:
-        """The shortest code of all that there are for indices (L, G)."""
+    def _division(self, count: int, progressive: bool) -> Division | None:
+        if progressive and count:
+            raise ConfigError("A stream is either progressive or resilient, not both.")
+        if progressive:
+            if self.tokenizer.stages is None:
+                raise ConfigError(f"The tokens of {type(self.tokenizer).__name__} have no order from coarse to fine, "
+                                  "so they make no progressive stream.")
+            return Division(by=self.tokenizer.stages)
+        return Division(count) if count else None
+
+    def _write(self, indices: Indices, tokens: Tokens, division: Division | None) -> bytes:
+        """The stream of indices (L, G)."""
+        layout = tokens.layout
+        if division is not None:
+            coder, payloads = resilience.encode(indices, layout, self.tables, division)
+            return ChunkedContainer(tokens.height, tokens.width, layout.scales, layout.groups, coder,
+                                    self.tokenizer.model_id, self.fingerprint, division, payloads).to_bytes()
         coder, payload = entropy.encode(indices, layout, self.tables)
-        if self.prior is None or self.codewords is None or (len(layout.scales), layout.groups) != (1, 1):
-            return coder, payload
-        learned = self.prior.encode(indices[:, 0], layout.scales[0], self.codewords)
-        return (Coder.PRIOR, learned) if len(learned) < len(payload) else (coder, payload)
+        if self.prior is not None and _is_one_grid(layout) and layout.vocab[0] in self.prior.sizes:
+            learned = self.prior.encode(indices[:, 0], layout.scales[0], layout.vocab[0])
+            if len(learned) < len(payload):
+                coder, payload = Coder.PRIOR, learned
+        return Container(tokens.height, tokens.width, layout.scales, layout.groups, coder, payload,
+                         self.tokenizer.model_id, self._fingerprint(coder)).to_bytes()
 
-    def _decode(self, parsed: Container, layout: TokenLayout) -> entropy.Indices:
+    def decompress_tokens(self, stream: bytes, strict: bool = False) -> Tokens:
+        """The tokens of one stream, as a batch of one, on the tokenizer's device; what is lost is guessed.
+
+        Raises as `receive`, and BitstreamError where all is lost, or with `strict` where anything is.
+        """
+        received = self.receive(stream)
+        if strict:
+            self._refuse_loss(received)
+        return self.conceal(received)
+
+    def receive(self, stream: bytes) -> Received:
+        """What arrived of one stream, on the tokenizer's device. Of a stream without chunks all arrives, or nothing.
+
+        Raises BitstreamError where the stream is not ours or damaged beyond use, ModelError where it was made with
+        another model.
+        """
+        parsed = chunks.read(stream, self.max_pixels)
+        self._check_model(parsed)
+        layout = self.tokenizer.layout(parsed.height, parsed.width)
+        if (layout.scales, layout.groups) != (parsed.scales, parsed.groups):
+            raise ModelError(f"The stream's token layout is not the one that model {parsed.model_id} gives to an image "
+                             f"of {parsed.width}x{parsed.height} pixels.")
+        device, stages = _device(self.tokenizer), None
+        if isinstance(parsed, ChunkedContainer):
+            indices, missing = resilience.decode(parsed, layout, self.tables)
+            lost = torch.from_numpy(missing)[None].to(device)
+            if parsed.division.by:
+                stages = self._stages(missing, layout, parsed.division)
+        else:
+            indices = self._decode(parsed, layout)
+            lost = torch.zeros(1, *indices.shape, dtype=torch.bool, device=device)
+        tokens = Tokens(torch.from_numpy(indices)[None].to(device), layout, parsed.height, parsed.width)
+        return Received(tokens, lost, stages)
+
+    def _decode(self, parsed: Container, layout: TokenLayout) -> Indices:
         if parsed.coder != Coder.PRIOR:
             return entropy.decode(parsed.coder, parsed.payload, layout, self.tables)
-        if self.prior is None or self.codewords is None or (len(layout.scales), layout.groups) != (1, 1):
-            raise ModelError("The stream is coded with a learned prior, which does not fit this model's tokens.")
-        return self.prior.decode(parsed.payload, layout.scales[0], self.codewords)[:, None]
+        if self.prior is None or not _is_one_grid(layout) or layout.vocab[0] not in self.prior.sizes:
+            raise ModelError("The stream is coded with a learned prior, which does not know this model's tokens.")
+        return self.prior.decode(parsed.payload, layout.scales[0], layout.vocab[0])[:, None]
+
+    def _stages(self, missing: NDArray[np.bool_], layout: TokenLayout, division: Division) -> int:
+        if division.by != self.tokenizer.stages:
+            raise ModelError(f"The stream is ordered by {division.by}, and this model's tokens are not.")
+        lost = [bool(missing[part.positions, part.groups].any()) for part in division.parts(layout.scales, layout.groups)]
+        return lost.index(True) if True in lost else len(lost)
+
+    def _refuse_loss(self, received: Received) -> None:
+        if received.lost.any():
+            raise BitstreamError(f"The stream is damaged or incomplete: {received.share_lost:.1%} of its tokens are "
+                                 "lost.")
 
     def _fingerprint(self, coder: Coder) -> bytes:
         """What a stream needs for decoding: the model, and the prior where it is used."""
@@ -137,21 +281,7 @@ class TokenCodec:
                              "prior that it was made with.")
         return container.with_prior(self.fingerprint, self.prior.fingerprint)
 
-    def decompress_tokens(self, stream: bytes) -> Tokens:
-        """The tokens of one stream, as a batch of one, on the tokenizer's device.
-
-        Raises BitstreamError where the stream is damaged or not ours, ModelError where it was made with another model.
-        """
-        parsed = container.parse(stream, self.max_pixels)
-        self._check_model(parsed)
-        layout = self.tokenizer.layout(parsed.height, parsed.width)
-        if (layout.scales, layout.groups) != (parsed.scales, parsed.groups):
-            raise ModelError(f"The stream's token layout is not the one that model {parsed.model_id} gives to an image "
-                             f"of {parsed.width}x{parsed.height} pixels.")
-        indices = self._decode(parsed, layout)
-        return Tokens(torch.from_numpy(indices)[None].to(_device(self.tokenizer)), layout, parsed.height, parsed.width)
-
-    def _check_model(self, parsed: Container) -> None:
+    def _check_model(self, parsed: Container | ChunkedContainer) -> None:
         """The fingerprint decides; ids, where both have one, say it in fewer words. A copy in a folder has id 0."""
         ours = self.tokenizer.model_id
         if 0 not in (parsed.model_id, ours) and parsed.model_id != ours:
@@ -162,6 +292,10 @@ class TokenCodec:
             what = "another prior or other weights" if parsed.coder == Coder.PRIOR else "other weights"
             raise ModelError(f"The stream was made with {what} of model {parsed.model_id}: its fingerprint is "
                              f"{parsed.fingerprint.hex()}, and this model's is {expected.hex()}.")
+
+
+def _is_one_grid(layout: TokenLayout) -> bool:
+    return (len(layout.scales), layout.groups) == (1, 1)
 
 
 def _device(tokenizer: Tokenizer) -> torch.device:

@@ -116,22 +116,21 @@ def test_a_smooth_picture_uses_the_tables():
 # ---- a prior --------------------------------------------------------------------------------------------------------
 
 class LeftNeighbour:
-    """A prior of the simplest kind: the brightness rank of each word less that of the one before it, as a byte."""
+    """A prior of the simplest kind: each index less the one before it, deflated."""
 
     fingerprint = b"leftleft"
+    sizes: tuple[int, ...] = (8, 64)
 
     def encode(self, indices, grid, codebook):
-        assert len(indices) == grid[0] * grid[1] and codebook.shape == (64, 3)
-        ranks = codebook.sum(1).argsort(stable=True).argsort().numpy()[indices]
-        return zlib.compress((np.diff(ranks, prepend=0) % 64).astype(np.uint8).tobytes(), 9)
+        assert len(indices) == grid[0] * grid[1] and codebook == 64
+        return zlib.compress((np.diff(indices, prepend=0) % 64).astype(np.uint8).tobytes(), 9)
 
     def decode(self, payload, grid, codebook):
-        steps = np.frombuffer(zlib.decompress(payload), dtype=np.uint8)
-        return codebook.sum(1).argsort(stable=True).numpy()[np.cumsum(steps.astype(np.int64)) % 64]
+        return np.cumsum(np.frombuffer(zlib.decompress(payload), dtype=np.uint8).astype(np.int64)) % codebook
 
 
-def with_prior(prior: object) -> TokenCodec:
-    return TokenCodec(TinyGrid(), prior=prior)  # type: ignore[arg-type]
+def with_prior(prior: LeftNeighbour) -> TokenCodec:
+    return TokenCodec(TinyGrid(), prior=prior)
 
 
 def test_the_prior_is_used_where_it_is_shorter_and_the_fingerprint_names_both():
@@ -161,6 +160,15 @@ def test_without_the_prior_of_a_stream_there_is_one_sentence():
     other.fingerprint = b"another."
     with pytest.raises(ModelError, match="another prior or other weights"):
         with_prior(other).decompress([stream])
+
+
+def test_a_prior_that_does_not_know_the_codebook_is_not_asked():
+    other = LeftNeighbour()
+    other.sizes = (8,)
+    smooth = torch.linspace(0, 1, 512).expand(1, 3, 512, 512)
+    assert with_prior(other).compress(smooth) == CODECS["grid"].compress(smooth)
+    with pytest.raises(ModelError, match="does not know this model's tokens"):
+        with_prior(other).decompress(with_prior(LeftNeighbour()).compress(smooth))
 
 
 # ---- wrong models ---------------------------------------------------------------------------------------------------

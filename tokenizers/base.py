@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,17 @@ class Tokenizer(nn.Module):
         A learned prior and a concealer know the words of any codebook by these.
         """
         return getattr(getattr(self, "quantizer", None), "codewords", None)
+
+    @property
+    def stages(self) -> Literal["scales", "groups"] | None:
+        """What goes from coarse to fine, so that the first ones are a coarser image: the scales, or the groups of a
+        position (residual levels). None where the tokens have no such order.
+        """
+        return None
+
+    def decode_stages(self, tokens: Tokens, count: int) -> Tensor:
+        """Images as `decode` gives them, of the first `count` scales or groups; the others are not looked at."""
+        raise ConfigError(f"The tokens of {type(self).__name__} have no order from coarse to fine.")
 
     def fingerprint(self) -> bytes:
         """Eight bytes that change when any tensor that decoding reads changes; see `vtc.hub.fingerprint`."""

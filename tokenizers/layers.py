@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import Quantized, Tokenizer, TokenLayout, Tokens
+from vtc.tokenizers.residual_quantizer import ResidualQuantizer
 
 #: how an attention block stores its projections: three 1x1 convolutions, or one of three times the width
 Projections = Literal["separate", "fused"]
