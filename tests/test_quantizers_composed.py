@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.base import TokenLayout, Tokens
+from vtc.tokenizers.binary_spherical import BinarySphericalQuantizer
 from vtc.tokenizers.codebook_stats import CodebookStatistics
 from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer
 from vtc.tokenizers.index_backprop import IndexBackpropQuantizer
-from vtc.tokenizers.lookup_free import GroupLFQ
+from vtc.tokenizers.lookup_free import LFQ, GroupLFQ
+from vtc.tokenizers.multi_scale_binary import MultiScaleBinaryQuantizer
 from vtc.tokenizers.product_quantizer import ProductQuantizer
 from vtc.tokenizers.residual_quantizer import ResidualQuantizer
 from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer, VectorQuantizer
@@ -98,12 +100,57 @@ def test_wrong_members_are_refused():
     for kind in (ProductQuantizer, ResidualQuantizer):
         with pytest.raises(ConfigError):
             kind([])
+        for member in (torch.nn.Linear(2, 2), MultiScaleBinaryQuantizer(2, (1, 2))):
+            with pytest.raises(ConfigError, match="members"):
+                kind([member])
     with pytest.raises(ConfigError):
         ResidualQuantizer([VectorQuantizer(4, 2), VectorQuantizer(4, 3)])
     with pytest.raises(ConfigError, match="latents"):
         ProductQuantizer([VectorQuantizer(4, 2)])(torch.zeros(1, 3))
     with pytest.raises(ConfigError, match="stages"):
         ResidualQuantizer([VectorQuantizer(4, 2)])(torch.zeros(1, 2), stages=2)
+
+
+def test_members_of_several_indices_take_as_many_columns():
+    torch.manual_seed(0)
+    members = [GroupLFQ(2, 3), VectorQuantizer(7, 2), BinarySphericalQuantizer(4, 2, token_bits=(1, 3)),
+               ProductQuantizer([LFQ(2), FiniteScalarQuantizer((3, 4))])]
+    quantizer = ProductQuantizer(members).eval()
+    assert quantizer.dim == 16 and quantizer.vocab == (8, 8, 7, 2, 8, 4, 12)
+    z = torch.randn(2, 16, 3)
+    out = quantizer(z)
+    assert out.indices.shape == (2, 3, 7)
+    assert torch.equal(quantizer.indices_to_codes(out.indices), out.z_q)
+    parts = [m(part) for m, part in zip(members, z.split((6, 2, 4, 4), 1), strict=True)]
+    assert torch.equal(out.indices[..., :2], parts[0].indices)
+    assert torch.equal(out.indices[..., 2], parts[1].indices)
+    assert torch.equal(out.indices[..., 3:5], parts[2].indices)
+    assert torch.equal(out.indices[..., 5:], parts[3].indices)
+    assert torch.equal(out.z_q, torch.cat([part.z_q for part in parts], 1))
+
+
+def test_residual_stages_of_signs_after_words():
+    torch.manual_seed(0)
+    quantizer = ResidualQuantizer([BinarySphericalQuantizer(6, 3), VectorQuantizer(9, 6), GroupLFQ(3, 2)]).eval()
+    assert quantizer.vocab == (8, 8, 9, 4, 4, 4)
+    z = torch.randn(2, 6, 5)
+    out = quantizer(z)
+    signs = torch.where(z > 0, 1.0, -1.0) / 6**0.5
+    words = quantizer.members[1](z - signs).z_q
+    rest = z - signs - words
+    torch.testing.assert_close(out.z_q, signs + words + torch.where(rest > 0, 1.0, -1.0))
+    assert torch.equal(quantizer.indices_to_codes(out.indices), out.z_q)
+    torch.testing.assert_close(quantizer.indices_to_codes(out.indices[..., :3]), signs + words)
+    for count in (0, 1, 4, 7):  # no stage ends there
+        with pytest.raises(ConfigError, match="first stages"):
+            quantizer.indices_to_codes(torch.zeros(2, 5, count, dtype=torch.long))
+
+
+def test_members_without_a_codebook_have_nothing_to_start():
+    quantizer = ProductQuantizer([LFQ(2), VectorQuantizer(1, 2)])
+    points = torch.randn(30, 4)
+    quantizer.start_from(points)
+    torch.testing.assert_close(quantizer.members[1].codebook, points[:, 2:].mean(0, keepdim=True))
 
 
 def test_statistics_per_group_by_hand():
