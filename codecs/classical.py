@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,6 +88,18 @@ def encode_within(codec: str, pixels: np.ndarray, max_bytes: int, downsample: in
     search = _search_ratio if codec == "jpeg2000" else _search_quality
     found = search(codec, small, max_bytes)
     return None if found is None else ClassicalStream(codec, found[1], downsample, found[0], height, width)
+
+
+def encode_best(codec: str, pixels: np.ndarray, max_bytes: int, factors: Sequence[int],
+                distance: Callable[[np.ndarray], float]) -> tuple[ClassicalStream, np.ndarray] | None:
+    """The file of at most `max_bytes` whose down-sampling factor does best, and its picture, uint8 (H, W, 3).
+
+    distance: of a decoded picture from the original; lower is better. None where no factor reaches the size.
+    """
+    candidates = [(stream, stream.decode()) for factor in factors
+                  if (stream := encode_within(codec, pixels, max_bytes, factor)) is not None]
+    return min(candidates, key=lambda candidate: distance(candidate[1])) if len(candidates) > 1 else next(
+        iter(candidates), None)
 
 
 def _search_quality(codec: str, image: Image.Image, max_bytes: int) -> tuple[float, bytes] | None:

@@ -157,7 +157,7 @@ class PairMeasure(Measure):
 class PooledPSNR(Measure):
     """Decibels of the images' mean squared error."""
 
-    alias, settings = "psnr_pooled", {}  # noqa: RUF012
+    alias, settings = "psnr_pooled", {}
     statistics = (Statistic("peak_signal_noise_ratio_pooled", ("mean_squared_error",), lambda mse: _decibels(mse)),)
 
     def columns(self, seen: Seen) -> dict[str, float]:
@@ -212,7 +212,7 @@ class Rate(Measure):
 class Seconds(Measure):
     """Wall-clock seconds that the method took."""
 
-    alias, settings = "seconds", {}  # noqa: RUF012
+    alias, settings = "seconds", {}
     statistics = tuple(Statistic(name, (name,)) for name in ("encode_seconds", "decode_seconds"))
 
     def applies(self, seen: Seen) -> bool:
@@ -251,7 +251,7 @@ class Texture(Measure):
 class Shift(Measure):
     """Pixels by which the reconstruction lies below and right of the original."""
 
-    alias, settings = "shift", {"max_shift": 8}  # noqa: RUF012
+    alias, settings = "shift", {"max_shift": 8}
     statistics = (Statistic("shift_down", ("shift_down",)), Statistic("shift_right", ("shift_right",)))
 
     def columns(self, seen: Seen) -> dict[str, float]:
@@ -315,7 +315,7 @@ class _Spectrum(Collector):
 class Codebook(Measure):
     """How much of its codebook a tokenizer uses; with the counts of the words for the report's picture of them."""
 
-    alias, settings = "codebook", {}  # noqa: RUF012
+    alias, settings = "codebook", {}
 
     def applies(self, seen: Seen) -> bool:
         return seen.tokens is not None

@@ -54,12 +54,14 @@ def _not_empty(text: str) -> str:
 
 
 def job_count(text: str) -> int:
+    """The type of -j."""
     if not re.fullmatch(r"\d{1,4}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of jobs")
     return int(text) or usable_cpus()
 
 
 def device_name(text: str) -> str:
+    """The type of --device."""
     if not re.fullmatch(r"(cpu|mps|(cuda|xpu)(:\d{1,3})?)", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:N, mps, xpu")
     return text
