@@ -85,6 +85,12 @@ def test_zero_extension_equals_upstream():
         torch.testing.assert_close(output, fixture["zero_extended_gd_reconstruction"], atol=2e-4, rtol=0)
 
 
+#: shifts of whole channels right before a norm of one channel a group, which takes them out again: their gradient is
+#: zero, and in float64 it is below 1e-14. The other norms lie between 6e-3 and 1.
+WITHOUT_EFFECT = ("encoder.down.0.downsample.bias", "decoder.conv_in.bias", "decoder.adaptive.0.beta.weight",
+                  "decoder.adaptive.0.beta.bias")
+
+
 @FIXTURES
 def test_train_step_equals_upstream():
     fixture = Fixture("wetok_train_step_tiny")
@@ -102,16 +108,17 @@ def test_train_step_equals_upstream():
     torch.testing.assert_close(terms["commitment"], fixture["commitment"], rtol=1e-4, atol=0)
     torch.testing.assert_close(loss, fixture["loss"], rtol=1e-4, atol=0)
     loss.backward()
-    compared = 0
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        # 1e-6 an element; some true gradients are zero (a shift before a norm), there all is rounding.
-        atol = 1e-6 * parameter.numel() ** 0.5
-        torch.testing.assert_close(parameter.grad.norm(), fixture[f"gradnorm.{name}"], rtol=1e-3, atol=atol)
-        if f"grad.{name}" in fixture.tensors:
-            torch.testing.assert_close(parameter.grad, fixture[f"grad.{name}"], rtol=1e-3, atol=1e-6)
-            compared += 1
-    assert compared == sum(name.startswith("grad.") for name in fixture.tensors)
+        if name in WITHOUT_EFFECT:
+            assert parameter.grad.norm() < 1e-5 and fixture[f"gradnorm.{name}"] < 1e-5  # all of it is rounding
+        else:
+            torch.testing.assert_close(parameter.grad.norm(), fixture[f"gradnorm.{name}"], rtol=1e-3, atol=0)
+    expected = {name: tensor for name, tensor in fixture.tensors.items() if name.startswith("grad.")}
+    assert expected
+    for name, gradient in expected.items():
+        actual = model.get_parameter(name.removeprefix("grad.")).grad
+        torch.testing.assert_close(actual, gradient, rtol=1e-3, atol=1e-6)
 
 
 @FIXTURES
@@ -170,12 +177,17 @@ def test_noise_is_the_callers():
         small().decode(tokens, noise=drawn)
 
 
-def test_zero_extension_decodes_alike_and_learns_from_noise():
+@pytest.mark.parametrize("size", [(1, 1), (4, 4), (16, 16), (30, 40)])
+def test_zero_extension_decodes_alike_to_the_last_bit(size):
     plain = small()
     grown = plain.to_generative()
-    tokens = plain.encode(torch.rand(1, 3, 16, 16))
-    torch.testing.assert_close(grown.decode(tokens), plain.decode(tokens), atol=1e-6, rtol=0)
-    codes = plain.codes(tokens)
+    tokens = plain.encode(torch.rand(2, 3, *size))
+    assert torch.equal(grown.decode(tokens), plain.decode(tokens))
+
+
+def test_a_grown_decoder_learns_from_noise():
+    grown = small().to_generative()
+    codes = grown.codes(grown.encode(torch.rand(1, 3, 16, 16)))
     grown.decode_latents(codes, noise=torch.randn_like(codes)).square().mean().backward()
     grad = grown.decoder.conv_in.weight.grad
     assert grad is not None
