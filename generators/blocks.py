@@ -67,11 +67,11 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(width, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, width))
 
 
-def dense_attention(mask: Tensor | None = None) -> Attend:
+def dense_attention(mask: Tensor | None = None, softmax_scale: float = 1.0) -> Attend:
     """Attention without a cache, for training: `mask` says which keys a query sees, (n, n) bool."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
 
     return attend
 

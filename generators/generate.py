@@ -13,7 +13,6 @@ from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.sampling import Generators, Guidance, Sampling
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer, split_scales
 
-
 #: one scale of a model whose condition is settled: codes so far, (2 B | B, n, d) or None, cache and step to logits
 NextScaleStep = Callable[[Tensor | None, KVCache, int], Tensor]
 

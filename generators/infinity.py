@@ -31,6 +31,7 @@ from vtc.generators.blocks import Attend, FeedForward, SelfAttention, dense_atte
 from vtc.generators.generate import Scale, draw_scales
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.schedule import Grid, Schedule
+from vtc.generators.rotary import rotate_pairs, rotation
 from vtc.generators.sampling import Generators, Guidance, Sampling
 from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import TokenLayout, Tokens
@@ -214,7 +215,7 @@ class Infinity(nn.Module, PretrainedMixin):
         x = torch.cat([condition.start, self.word(codes)], 1)
         sizes = torch.tensor([h * w for h, w in scales], device=x.device)
         step = torch.repeat_interleave(sizes)
-        cos, sin = rotation(scales, self.width // self.heads, x.device)
+        cos, sin = rotation(scales, frame_of(scales), self.width // self.heads, x.device)
         return self.logits(x, self.level(step), condition, dense_attention(step[:, None] >= step),
                            lambda t: rotate_pairs(t, cos, sin))
 
@@ -242,7 +243,7 @@ class Infinity(nn.Module, PretrainedMixin):
         schedule = self.schedule(scales)
         cache = KVCache(schedule) if cache is None else cache
         condition = self.condition(*(self.guided(text, mask) if guidance.active else (text, mask)))
-        cos, sin = rotation(scales, schedule.head_dim, text.device)
+        cos, sin = rotation(scales, frame_of(scales), schedule.head_dim, text.device)
 
         def step(codes: Tensor | None, cache: KVCache, number: int) -> Tensor:
             x = condition.start if codes is None else self.word(codes)
@@ -271,24 +272,3 @@ class Infinity(nn.Module, PretrainedMixin):
 
     def _blocks(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
-
-
-def rotation(scales: Sequence[Grid], head_dim: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, head_dim / 2) of all scales' cells: the first half of the pairs turns with the row."""
-    frame = frame_of(scales)
-    half = head_dim // 2
-    speed = 1.0 / 10000 ** (torch.arange(0, half, 2, device=device).float() / half)
-    angles = []
-    for size in scales:
-        rows, columns = (torch.round(torch.arange(n, device=device) * (whole / n)) for n, whole in
-                         zip(size, frame, strict=True))
-        angles.append(torch.cat([(rows[:, None] * speed)[:, None].expand(-1, size[1], -1),
-                                 (columns[:, None] * speed).expand(size[0], -1, -1)], -1).flatten(0, 1))
-    angle = torch.cat(angles)
-    return angle.cos(), angle.sin()
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (2 j, 2 j + 1) of (B, H, n, D) by (n, D / 2) angles."""
-    even, odd = x[..., ::2], x[..., 1::2]
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)

@@ -60,7 +60,8 @@ class Sampling:
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.multinomial(p.flatten(0, -2), 1, replacement=True, generator=generator).view(p.shape[:-1])
+    rows = p.reshape(-1, p.shape[-1])
+    return torch.multinomial(rows, 1, replacement=True, generator=generator).view(p.shape[:-1])
 
 
 def seeded(seeds: Sequence[int], device: torch.device | str = "cpu") -> list[torch.Generator]:

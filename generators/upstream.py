@@ -3,6 +3,7 @@
     family     recognised by                 from
     var        word_embed, class_emb         VAR (`var_d16.pth` and so on)
     infinity   text_proj_for_sos             Infinity (`infinity_2b_reg.pth` and so on)
+    llamagen   layers, cls_embedding         LlamaGen, class-conditional (`c2i_B_256.pt` and so on)
 
 Sizes are facts of the keys and shapes. What they do not tell is an argument of the class and can be given.
 Files are read as those of tokenizers are (`vtc.tokenizers.upstream`): nothing in them is executed.
@@ -27,7 +28,8 @@ StateDict = dict[str, Tensor]
 Family = Callable[[StateDict], tuple[StateDict, dict[str, Any]]]
 
 #: the class that each family becomes, and where it is
-CLASSES = {"var": ("VAR", "vtc.generators.var"), "infinity": ("Infinity", "vtc.generators.infinity")}
+CLASSES = {"var": ("VAR", "vtc.generators.var"), "infinity": ("Infinity", "vtc.generators.infinity"),
+           "llamagen": ("LlamaGen", "vtc.generators.llamagen")}
 
 
 def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
@@ -72,7 +74,20 @@ def _infinity(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
                   "levels": ours["level.weight"].shape[0], "pool_heads": ours["text_pool.query"].shape[1]}
 
 
-FAMILIES: dict[str, Family] = {"var": _var, "infinity": _infinity}
+def _llamagen(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
+    rules = [(r"^cls_embedding\.embedding_table\.", "class_embedding."), (r"^tok_embeddings\.", "word."),
+             (r"^output\.", "head."), (r"^layers\.", "blocks."), (r"\.attention\.wqkv\.", ".attention.qkv."),
+             (r"\.attention\.wo\.", ".attention.proj."), (r"\.ffn_norm\.", ".mlp_norm."),
+             (r"\.feed_forward\.w1\.", ".mlp.gate."), (r"\.feed_forward\.w3\.", ".mlp.up."),
+             (r"\.feed_forward\.w2\.", ".mlp.down.")]
+    ours = renamed({k: v for k, v in tensors.items() if not k.endswith("freqs_cis")}, rules)
+    codebook_size, width = ours["word.weight"].shape
+    return ours, {"depth": count(ours, r"blocks\.(\d+)\."), "width": width, "heads": width // 64,
+                  "hidden": ours["blocks.0.mlp.gate.weight"].shape[0],
+                  "classes": ours["class_embedding.weight"].shape[0] - 1, "codebook_size": codebook_size}
+
+
+FAMILIES: dict[str, Family] = {"var": _var, "infinity": _infinity, "llamagen": _llamagen}
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> str:
@@ -81,6 +96,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
         return "var"
     if "text_proj_for_sos.ca.mat_q" in tensors:
         return "infinity"
+    if "cls_embedding.embedding_table.weight" in tensors and "tok_embeddings.weight" in tensors:
+        return "llamagen"
     raise ModelError(f"The keys of this checkpoint are those of none of the known generators: {', '.join(FAMILIES)}.")
 
 

@@ -10,8 +10,9 @@ from tests.fixtures import Fixture
 from tests.shared import needs_shared
 from vtc.errors import ConfigError, ModelError
 from vtc.generators.generate import Scale
-from vtc.generators.infinity import INFINITY_SCALES, Infinity, frame_of, rotate_pairs, rotation, scales_for
+from vtc.generators.infinity import INFINITY_SCALES, Infinity, frame_of, scales_for
 from vtc.generators.kv_cache.cache import KVCache
+from vtc.generators.rotary import rotate_pairs, rotation
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.generators.upstream import from_state_dict
 from vtc.tokenizers.infinity_vae import InfinityVAE
@@ -129,7 +130,7 @@ def test_schedules_by_shape_and_size() -> None:
 
 
 def test_rotation_depends_on_the_distance_alone() -> None:
-    cos, sin = rotation(((1, 1), (4, 4)), 16)
+    cos, sin = rotation(((1, 1), (4, 4)), (4, 4), 16)
     torch.manual_seed(0)
     q, k = torch.randn(2, 16)
     turned = rotate_pairs(torch.stack([q, k])[None, :, None].expand(1, 2, 17, 16), cos, sin)[0]

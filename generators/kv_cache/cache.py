@@ -72,8 +72,13 @@ class KVCache:
         return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
-        """Attention of a step's tokens, (B, H, m, D) each, to everything stored and to one another: (B, H, m, D)."""
+        """Attention of a step's tokens, (B, H, m, D) each, to everything stored and to one another: (B, H, m, D).
+
+        A raster model may give several steps at once, from `step` on; no token then sees a later one.
+        """
         expected = (self.schedule.heads, self.schedule.tokens(step), self.schedule.head_dim)
+        if self.schedule.raster:
+            expected = (expected[0], max(q.shape[2], expected[1]), expected[2])
         if tuple(q.shape[1:]) != expected:
             raise ConfigError(f"Step {step} has (heads, tokens, dimensions) {expected}, not {tuple(q.shape[1:])}.")
         groups = self.groups[layer]
@@ -86,14 +91,16 @@ class KVCache:
         return out
 
     def _attend(self, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
-        last, new = step == self.schedule.steps - 1, k.shape[2]
+        new = k.shape[2]
+        first = self.schedule.starts[step]
+        last = first + new == self.schedule.all_tokens
         # Where what is stored is what was given, write first and attend to the buffer: nothing is copied twice.
         write_first = not last and self.storage in (None, k.dtype)
         if write_first:
             group.k.append(k)
             group.v.append(v)
         k_all, v_all = (self._with(group.k, k, write_first), self._with(group.v, v, write_first))
-        numbers = torch.arange(self.schedule.starts[step], self.schedule.starts[step + 1], device=k.device)
+        numbers = torch.arange(first, first + new, device=k.device)
         seen = Candidates(self.schedule, layer, step, group.heads, q, k_all, v_all, _joined(group.tokens, numbers), new,
                           _extended(group.scores, new), self.batch_halves)
         chosen = self.policy.attended(seen)
@@ -105,7 +112,8 @@ class KVCache:
             seen = _selected(seen, chosen)
             k_all, v_all = seen.k, seen.v
             transient += k_all.nbytes + v_all.nbytes
-        out = F.scaled_dot_product_attention(q, k_all, v_all, scale=self.schedule.softmax_scale)
+        mask = _earlier(seen.tokens, numbers) if self.schedule.raster and new > 1 else None
+        out = F.scaled_dot_product_attention(q, k_all, v_all, mask, scale=self.schedule.softmax_scale)
         self._peak = max(self._peak, self.nbytes() + transient)
         if not last:
             if not write_first:
@@ -113,6 +121,11 @@ class KVCache:
                 group.v.append(v)
             self._store(group, seen, chosen if isinstance(chosen, Tensor) else None)
             self._peak = max(self._peak, self.nbytes())
+        elif new > 1 and self.schedule.raster and self.policy.keeps_all:
+            # Several steps at once, of which only the very last is never read again: `truncate` may take some back.
+            group.k.append(k[:, :, :-1])
+            group.v.append(v[:, :, :-1])
+            group.tokens = seen.tokens[..., :-1]
         return out
 
     def _store(self, group: HeadGroup, seen: Candidates, attended: Tensor | None) -> None:
@@ -135,6 +148,16 @@ class KVCache:
             return x
         return buffer.read(x.dtype) if written else torch.cat([buffer.read(x.dtype), x], 2)
 
+    def truncate(self, tokens: int) -> None:
+        """Forget token number `tokens` and all later ones, as if they had not been seen; for policies that keep all."""
+        if not self.policy.keeps_all:
+            raise ConfigError(f"What {type(self.policy).__name__} has dropped does not come back: only a cache that "
+                              "keeps all can be truncated.")
+        for group in (group for layer in self.groups for group in layer):
+            if group.tokens is not None and group.k.length > tokens:
+                group.k.length = group.v.length = tokens
+                group.tokens = group.tokens[..., :tokens]
+
     def nbytes(self, metadata: bool = False) -> int:
         """Bytes of keys and values that are allocated now; with `metadata` also of token numbers and scores."""
         return sum(g.nbytes + (g.metadata_nbytes if metadata else 0) for layer in self.groups for g in layer)
@@ -149,6 +172,11 @@ class KVCache:
         for group in self.groups[layer]:
             counts[group.heads] = group.k.length
         return counts.tolist()
+
+
+def _earlier(keys: Tensor, queries: Tensor) -> Tensor:
+    """(1 | B, 1 | h, n) key numbers and (m,) query numbers: which keys a query may see, (1 | B, 1 | h, m, n)."""
+    return keys[:, :, None, :] <= queries[:, None]
 
 
 def _joined(stored: Tensor | None, new: Tensor) -> Tensor:
