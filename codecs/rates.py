@@ -19,12 +19,15 @@ class RateControl:
 
     codec_of: quality -> its codec; called whenever one is needed, so it should keep what it loads.
     qualities: how many there are; 1 is the coarsest.
+    resilience, progressive: as of `TokenCodec.compress`.
     """
 
-    def __init__(self, codec_of: Callable[[int], TokenCodec], qualities: int) -> None:
+    def __init__(self, codec_of: Callable[[int], TokenCodec], qualities: int, resilience: int = 0,
+                 progressive: bool = False) -> None:
         if qualities < 1:
             raise ConfigError(f"Rate control needs at least one quality, not {qualities}.")
         self.codec_of, self.qualities = codec_of, qualities
+        self.resilience, self.progressive = resilience, progressive
 
     def codec(self, quality: int) -> TokenCodec:
         """The codec of a quality. Raises ConfigError where there is none."""
@@ -35,7 +38,7 @@ class RateControl:
 
     def compress(self, image: Tensor, quality: int) -> bytes:
         """(3, H, W) in [0, 1] to its stream. Raises ConfigError where there is no such quality."""
-        (stream,) = self.codec(quality).compress(image[None])
+        (stream,) = self.codec(quality).compress(image[None], self.resilience, self.progressive)
         return stream
 
     def compress_within(self, image: Tensor, max_bytes: int) -> tuple[bytes, int]:

@@ -316,7 +316,7 @@ def test_streams_that_are_damaged(here: Path, run: Say) -> None:
     for content, words in ((b"", "is empty"), (Path("a.png").read_bytes(), "not a vtc stream"),
                            (flipped, "checksum"), (stream[:9], "cut"), (stream[:-3], "cut"),
                            (stream + b"x", "followed"),
-                           (signed(stream[:2] + b"\x02" + stream[3:-4]), "version 2"),
+                           (signed(stream[:2] + b"\x03" + stream[3:-4]), "version 3"),
                            (signed(stream[:4] + b"\x07" + stream[5:-4]), "model number 7"),
                            (signed(stream[:5] + bytes(8) + stream[13:-4]), "fingerprint")):
         Path("b.vtc").write_bytes(content)

@@ -169,6 +169,7 @@ class Made:
 
     loading: seconds of the work that went into loading a model, or waiting for it; they are not the file's.
     quality: that an encoder chose or was told, where its model has several.
+    stages: coarser pictures of a decoder, coarse to fine, which are written beside the file.
     """
 
     data: bytes
@@ -178,6 +179,7 @@ class Made:
     notes: Sequence[str] = field(default=())
     loading: float = 0.0
     quality: int | None = None
+    stages: Sequence[bytes] = field(default=())
 
 
 def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int, as_json: bool, quiet: bool) -> int:
@@ -206,6 +208,9 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                 start = time.perf_counter()
                 if task.make_folder:
                     make_folder(task.target)
+                stages = [stage_name(task.target, number) for number in range(1, len(made.stages) + 1)]
+                for name, data in zip(stages, made.stages, strict=True):
+                    write_file(name, data)
                 write_file(task.target, made.data)
                 seconds += time.perf_counter() - start
             except BrokenPipeError:
@@ -217,6 +222,8 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                 bpp = 8 * made.coded_bytes / (made.width * made.height)
                 facts |= {"output": task.target, "width": made.width, "height": made.height,
                           "bytes": made.coded_bytes, "bpp": bpp, "seconds": round(seconds, 4)}
+                if stages:
+                    facts["stages"] = stages
                 if made.quality is not None:
                     facts["quality"] = made.quality
                 if made.notes:
@@ -240,6 +247,16 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
     if no_report:
         say(no_report)
     return FAILED if failures or no_report else DONE
+
+
+def stage_name(target: str, number: int) -> str:
+    """Where a coarser picture goes: beside the final one.
+
+    >>> stage_name("a.decoded.png", 1)
+    'a.decoded.stage1.png'
+    """
+    root, suffix = os.path.splitext(target)
+    return f"{root}.stage{number}{suffix}"
 
 
 def not_called(task: Task) -> Made:

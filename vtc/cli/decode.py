@@ -31,8 +31,9 @@ from vtc.files import read_file
 from vtc.models import FINGERPRINTS, name_of, size_of
 
 if TYPE_CHECKING:
+    from vtc.codecs.chunks import ChunkedContainer
     from vtc.codecs.container import Container
-    from vtc.codecs.token_codec import TokenCodec
+    from vtc.codecs.token_codec import Received, TokenCodec
 
 #: --format -> (Pillow's name, suffix of files that get their name from the input)
 FORMATS = {"png": ("PNG", ".png"), "jpeg": ("JPEG", ".jpg"), "webp": ("WEBP", ".webp")}
@@ -51,6 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
                   model_help="bundled model or the folder of one; default: the bundled one that the stream names")
     parser.add_argument("--format", choices=tuple(FORMATS),
                         help="format of the pictures; default: the suffix of -o, else png")
+    parser.add_argument("--strict", action="store_true",
+                        help="refuse a stream of which something is lost; otherwise lost tokens are guessed")
+    parser.add_argument("--progressive", action="store_true",
+                        help="also write what the first scales or levels of the tokens show, as NAME.stage1.png, ...")
     parser.add_argument("--info", action="store_true",
                         help="say on stdout what the headers hold and decode nothing; needs no model")
     return parser
@@ -65,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if args.info and args.output:
                 raise UsageError("--info writes to stdout and takes no -o")
+            if args.progressive and args.output == "-":
+                raise UsageError("--progressive writes several pictures, which cannot all go to stdout")
             chosen = args.format or "png"
             suffix = FORMATS[chosen][1] if args.output else ".decoded" + FORMATS[chosen][1]  # a.png may be the original
             tasks = plan(args.inputs, args.output, (".vtc",), suffix)
@@ -75,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UsageError as error:
             parser.error(str(error))
         format, jobs = FORMATS[chosen][0], min(args.jobs, len(tasks))
-        work = not_called if all(task.problem for task in tasks) else _decoder(args.model, args.device, format, jobs)
+        work = not_called if all(task.problem for task in tasks) else _decoder(args, format, jobs)
         return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
 
     return guarded(parser, command)
@@ -91,11 +98,12 @@ def _format_of(path: str, wanted: str | None) -> str:
     return wanted or by_suffix or "png"
 
 
-def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable[[Task], Made]:
-    from vtc.codecs import container
+def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task], Made]:
+    from vtc.codecs import chunks
     from vtc.codecs.token_codec import TokenCodec
     from vtc.images import MAX_PIXELS, encode_image
 
+    model: str | None = args.model
     share_cpus(jobs)
     codecs: dict[tuple[str, int | None], TokenCodec] = {}
     loading = threading.Lock()
@@ -103,7 +111,7 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
     def codec_for(name: str, size: int | None = None) -> TokenCodec:
         with loading:
             if (name, size) not in codecs:
-                codecs[name, size] = TokenCodec(load_model(name, device, size), max_pixels=MAX_PIXELS)
+                codecs[name, size] = TokenCodec(load_model(name, args.device, size), max_pixels=MAX_PIXELS)
             return codecs[name, size]
 
     if model is not None:
@@ -111,17 +119,34 @@ def _decoder(model: str | None, device: str, format: str, jobs: int) -> Callable
 
     def work(task: Task) -> Made:
         stream = read_file(task.source)
-        header = container.parse(stream, MAX_PIXELS)
+        header = chunks.read(stream, MAX_PIXELS)
         start = time.perf_counter()
         codec = codec_for(model, size_of(model, header.fingerprint)) if model else codec_for(_bundled_model(header))
         loading = time.perf_counter() - start
-        (image,) = codec.decompress([stream])
-        return Made(encode_image(image, format), header.width, header.height, len(stream), loading=loading)
+        received = codec.receive(stream)
+        notes = [loss] if (loss := _loss(received)) else []
+        coarser: list[bytes] = []
+        if args.progressive:
+            *stages, image = codec.draw_stages(received, args.strict)
+            coarser = [encode_image(stage, format) for stage in stages]
+        else:
+            image = codec.draw(received, strict=args.strict)
+        return Made(encode_image(image, format), header.width, header.height, len(stream), notes, loading,
+                    stages=coarser)
 
     return work
 
 
-def _bundled_model(header: Container) -> str:
+def _loss(received: Received) -> str:
+    """What of a stream is lost, in words; '' where nothing is."""
+    if not received.lost.any():
+        return ""
+    if received.stages is None:
+        return f"{received.share_lost:.1%} of the tokens were lost and are guessed"
+    return f"{received.share_lost:.1%} of the tokens were lost: it is shown up to stage {received.stages}"
+
+
+def _bundled_model(header: Container | ChunkedContainer) -> str:
     name = name_of(header.model_id)
     if header.model_id == 0:  # the model was given as a folder, which may hold a copy of a bundled one
         name = next((name for name, known in FINGERPRINTS.items() if known == header.fingerprint.hex()), None)
@@ -134,7 +159,7 @@ def _bundled_model(header: Container) -> str:
 
 def _info(tasks: Sequence[Task], as_json: bool) -> int:
     """Print the facts of each header."""
-    from vtc.codecs import container
+    from vtc.codecs import chunks
 
     code = DONE
     for task in tasks:
@@ -142,7 +167,7 @@ def _info(tasks: Sequence[Task], as_json: bool) -> int:
             if task.problem and not task.target:
                 raise VtcError(task.problem)
             stream = read_file(task.source)
-            facts = _facts(task.source, stream, container.parse(stream))
+            facts = _facts(task.source, stream, chunks.read(stream))
         except Exception as error:
             code = FAILED
             facts = {"input": task.source, "error": sentence(error, task.source)}
@@ -154,19 +179,27 @@ def _info(tasks: Sequence[Task], as_json: bool) -> int:
     return code
 
 
-def _facts(source: str, stream: bytes, header: Container) -> dict[str, Any]:
-    from vtc.codecs.container import VERSION
+def _facts(source: str, stream: bytes, header: Container | ChunkedContainer) -> dict[str, Any]:
+    from vtc.codecs import chunks, container
 
-    return {"input": source, "version": VERSION, "width": header.width, "height": header.height,
-            "bytes": len(stream), "bpp": 8 * len(stream) / (header.width * header.height),
-            "scales": [list(scale) for scale in header.scales], "groups": header.groups,
-            "coder": header.coder.name.lower(), "payload_bytes": len(header.payload), "model_id": header.model_id,
-            "model": name_of(header.model_id), "fingerprint": header.fingerprint.hex()}
+    facts: dict[str, Any] = {
+        "input": source, "version": container.VERSION, "width": header.width, "height": header.height,
+        "bytes": len(stream), "bpp": 8 * len(stream) / (header.width * header.height),
+        "scales": [list(scale) for scale in header.scales], "groups": header.groups,
+        "coder": header.coder.name.lower(), "payload_bytes": 0, "model_id": header.model_id,
+        "model": name_of(header.model_id), "fingerprint": header.fingerprint.hex()}
+    if isinstance(header, chunks.ChunkedContainer):
+        facts |= {"version": chunks.VERSION, "payload_bytes": sum(map(len, filter(None, header.chunks))),
+                  "chunks": len(header.chunks), "chunks_of": header.division.by or "interleaved tokens",
+                  "chunks_lost": list(header.lost), "headers_intact": header.headers}
+    else:
+        facts["payload_bytes"] = len(header.payload)
+    return facts
 
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(f"{rows}x{columns}" for rows, columns in value)
+        return ", ".join("x".join(map(str, part)) if isinstance(part, list) else str(part) for part in value) or "none"
     if isinstance(value, float):
         return f"{value:.4f}"
     return "not bundled" if value is None else str(value)
