@@ -1,0 +1,404 @@
+"""Training the prior of token grids: the network of `vtc.codecs.prior`, rounded in training as its whole numbers are.
+
+Forward rounds weights, biases and activations to where the integer network has them; gradients pass straight through.
+So the loss that is trained is that of the integers, and `tensors_of` only writes them down. In float64 the two agree in
+every bit; float32 and bfloat16, in which training runs, may round a sum the other way now and then.
+
+E(word) comes from the codeword by a small network and a table of corrections: words that look alike share what is
+learnt, and those that are frequent may differ. b(word) starts as the log2 frequency.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from vtc.codecs.prior import (
+    ACTIVATION,
+    ACTIVATION_BITS,
+    BYTE,
+    CODE_BITS,
+    FEATURE_BITS,
+    FORMAT,
+    LARGEST_POWER,
+    LOGIT_BITS,
+    OCTAVE_BITS,
+    OCTAVES,
+    PHASES,
+    STEPS,
+    TOTAL,
+    TOTAL_BITS,
+    WORD_BITS,
+    TokenPrior,
+)
+from vtc.errors import ConfigError, TrainingError
+from vtc.files import write_file
+from vtc.training.tokens import TokenGrids
+
+#: fractional bits that a layer's weights may have: the shift is at least 1, and biases stay far below 2^24
+WEIGHT_BITS = (4, 12)
+
+
+class _ToGrid(torch.autograd.Function):
+    """floor(2^bits x + 1/2) / 2^bits, from `low` to `high` of them; the gradient passes but where that was cut off."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int, low: int, high: int) -> Tensor:
+        y = x.mul(2.0**bits).add_(0.5).floor_().clamp_(low, high).mul_(2.0**-bits)
+        ctx.save_for_backward(y)
+        ctx.limits = low * 2.0**-bits, high * 2.0**-bits
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple:
+        (y,), (low, high) = ctx.saved_tensors, ctx.limits
+        return gradients[0] * ((y > low) & (y < high)), None, None, None
+
+
+def to_grid(x: Tensor, bits: int, low: int, high: int) -> Tensor:
+    """x rounded to whole multiples of 2^-bits, from `low` to `high` of them."""
+    return cast(Tensor, _ToGrid.apply(x, bits, low, high))
+
+
+class _Bits(torch.autograd.Function):
+    """Sum of -log2 softmax2(h . E + b)[target]: one pass over the scores, which are never kept.
+
+    h (N, d), E (S, d), b (S,), targets (N,). The gradients are found on the way, in blocks of rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, words: Tensor, bias: Tensor, target: Tensor) -> Tensor:
+        total, gradients = h.new_zeros(()), [torch.zeros_like(t) for t in (h, words, bias)]
+        for start in range(0, len(h), 1024):
+            part, wanted = h[start : start + 1024], target[start : start + 1024, None]
+            p = torch.addmm(bias * math.log(2), part, words.T, alpha=math.log(2)).softmax(1)
+            total -= p.gather(1, wanted).clamp_(min=1e-30).log2_().sum()
+            p.scatter_add_(1, wanted, p.new_full(wanted.shape, -1.0))  # the gradient: p - [word is the target]
+            gradients[0][start : start + 1024] = p @ words
+            gradients[1].addmm_(p.T, part)
+            gradients[2] += p.sum(0)
+        ctx.save_for_backward(*gradients)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple:
+        return (*(gradients[0] * g for g in ctx.saved_tensors), None)
+
+
+class RoundedConv(nn.Module):
+    """A convolution whose output is floored to a grid: int8 weights with a power of two an output, biases to match.
+
+    in_bits, out_bits: fractional bits of inputs and outputs. A bias for each step and one for each codebook are added.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, in_bits: int, out_bits: int, steps: int,
+                 codebooks: int) -> None:
+        super().__init__()
+        weight = torch.empty(outputs, inputs, kernel, kernel)
+        self.weight = nn.Parameter(nn.init.kaiming_normal_(weight, nonlinearity="relu"))
+        self.steps = nn.Parameter(torch.zeros(steps, outputs))
+        self.sizes = nn.Parameter(torch.zeros(codebooks, outputs))
+        self.in_bits, self.out_bits = in_bits, out_bits
+
+    def weight_bits(self) -> Tensor:
+        """(O,): the most fractional bits with which an output's weights fit int8."""
+        largest = self.weight.detach().flatten(1).abs().amax(1).clamp(min=1e-9)
+        return torch.floor(torch.log2(BYTE / largest)).clamp(*WEIGHT_BITS)
+
+    def forward(self, x: Tensor, steps: Tensor, size: int, low: int, high: int) -> Tensor:
+        """(B, I, h, w), the step of each of B, and the number of the codebook, to (B, O, h, w)."""
+        scale = torch.exp2(self.weight_bits())
+        weight = _rounded(self.weight, scale.view(-1, 1, 1, 1), BYTE)
+        unit = scale * 2.0**self.in_bits
+        bias = _rounded(self.steps, unit)[steps] + _rounded(self.sizes[size], unit)
+        y = F.conv2d(x, weight, padding=self.weight.shape[-1] // 2) + bias[:, :, None, None]
+        return to_grid(y, self.out_bits, low, high)
+
+    def whole(self) -> dict[str, Tensor]:
+        """The tensors of `vtc.codecs.prior.Layer`. One half before the floor goes into the biases of the steps."""
+        bits = self.weight_bits()
+        shift = bits + self.in_bits - self.out_bits
+        unit = torch.exp2(bits + self.in_bits)
+        weight = torch.round(self.weight.detach() * torch.exp2(bits).view(-1, 1, 1, 1)).clamp(-BYTE, BYTE)
+        steps = torch.round(self.steps.detach() * unit) + torch.exp2(shift - 1)
+        return {"weight": weight.to(torch.int8), "shift": shift.to(torch.uint8), "steps": steps.to(torch.int32),
+                "sizes": torch.round(self.sizes.detach() * unit).to(torch.int32)}
+
+
+def _rounded(x: Tensor, scale: Tensor | float, largest: float = math.inf) -> Tensor:
+    """x to whole multiples of 1 / scale, at most `largest` of them, straight through."""
+    return x + (torch.round(x.detach() * scale).clamp(-largest, largest) / scale - x.detach())
+
+
+class PriorNetwork(nn.Module):
+    """The trainable form of `TokenPrior`.
+
+    codebooks: size -> (S, d) codewords.
+    width, depth: channels, and number of residual blocks.
+    dim: of h and E. levels: that have biases of their own; all coarser ones share the last one's.
+    hidden: width of the network from codeword to E.
+    """
+
+    def __init__(self, codebooks: dict[int, Tensor], width: int = 128, depth: int = 3, dim: int = 64, levels: int = 4,
+                 hidden: int = 128) -> None:
+        super().__init__()
+        self.sizes, self.levels = tuple(sorted(codebooks)), levels
+        code_dim = next(iter(codebooks.values())).shape[1]
+        variants = {"steps": levels * STEPS, "codebooks": len(self.sizes)}
+        self.input = nn.ModuleList(RoundedConv((code_dim + 1) * (step + 1), width, 3, CODE_BITS, TOTAL_BITS, **variants)
+                                   for step in range(STEPS))
+        self.wide = nn.ModuleList(RoundedConv(width, width, 3, ACTIVATION_BITS, ACTIVATION_BITS, **variants)
+                                  for _ in range(depth))
+        self.narrow = nn.ModuleList(RoundedConv(width, width, 1, ACTIVATION_BITS, TOTAL_BITS, **variants)
+                                    for _ in range(depth))
+        self.head = RoundedConv(width, dim, 1, ACTIVATION_BITS, FEATURE_BITS, **variants)
+        self.embed = nn.Sequential(nn.Linear(code_dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        self.corrections = nn.ParameterDict({str(size): torch.zeros(size, dim) for size in self.sizes})
+        self.word_bias = nn.ParameterDict({str(size): torch.zeros(size) for size in self.sizes})
+        for size in self.sizes:
+            codes = torch.round(codebooks[size].detach().float() * 2**CODE_BITS).clamp(-BYTE, BYTE) / 2**CODE_BITS
+            self.register_buffer(f"codes_{size}", codes)
+        for conv in self.narrow:  # blocks start near the identity
+            nn.init.normal_(cast(RoundedConv, conv).weight, std=0.02)
+
+    @torch.no_grad()
+    def start_from(self, counts: dict[int, NDArray[np.int64]]) -> None:
+        """Set the words' biases to the log2 of their frequencies, counts + 1/2."""
+        for size in self.sizes:
+            shares = torch.from_numpy(counts[size] + 0.5)
+            self.word_bias[str(size)].copy_(torch.log2(shares / shares.sum()))
+
+    def codes(self, size: int) -> Tensor:
+        """(S, d) codewords as the network sees them."""
+        return cast(Tensor, getattr(self, f"codes_{size}"))
+
+    def words(self, size: int) -> tuple[Tensor, Tensor]:
+        """E (S, dim) and b (S,) of a codebook."""
+        table = self.embed(self.codes(size)) + self.corrections[str(size)]
+        return to_grid(table, WORD_BITS, -BYTE, BYTE), _rounded(self.word_bias[str(size)], 2.0**LOGIT_BITS)
+
+    def features(self, indices: Tensor, size: int, level: int) -> list[Tensor]:
+        """(B, h, w) indices, -1 outside of the picture, to h of the three phases that are coded, (B, h', w', dim)."""
+        codes = self.codes(size)
+        inside = (indices >= 0)[..., None]
+        planes = torch.cat([codes[indices.clamp(min=0)], codes.new_ones(*indices.shape, 1)], -1) * inside
+        height, width = indices.shape[1:]
+        planes = F.pad(planes.permute(0, 3, 1, 2), (0, width % 2, 0, height % 2))
+        phases = [planes[:, :, i::2, j::2] for i, j in PHASES[:STEPS]]
+        number, count = self.sizes.index(size), len(indices)
+        steps = torch.arange(STEPS, device=indices.device).repeat_interleave(count)
+        steps = steps + STEPS * min(level, self.levels - 1)
+        total = torch.cat([conv(torch.cat(phases[: step + 1], 1), steps[step * count : (step + 1) * count], number,
+                                -TOTAL, TOTAL) for step, conv in enumerate(self.input)])
+        largest = TOTAL / 2**TOTAL_BITS
+        for wide, narrow in zip(self.wide, self.narrow, strict=True):
+            x = wide(to_grid(total, ACTIVATION_BITS, 0, ACTIVATION), steps, number, 0, ACTIVATION)
+            total = (total + narrow(x, steps, number, -2**23, 2**23)).clamp(-largest, largest)
+        x = self.head(to_grid(total, ACTIVATION_BITS, 0, ACTIVATION), steps, number, -BYTE, BYTE)
+        return list(x.permute(0, 2, 3, 1).split(count))
+
+    def scored(self, indices: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """h (N, dim) and the words (N,) that it is to predict: finest level first, step by step."""
+        for level in range((max(indices.shape[1:]) - 1).bit_length()):
+            for (i, j), features in zip(PHASES[1:], self.features(indices, size, level), strict=True):
+                target = indices[:, i::2, j::2]
+                known = target >= 0
+                yield features[:, : target.shape[1], : target.shape[2]][known], target[known]
+            indices = indices[:, ::2, ::2]
+
+    def forward(self, indices: Tensor, size: int) -> Tensor:
+        """(B, h, w) indices, -1 outside of a picture, to the mean bits of a token; the coarsest one is left out."""
+        features, targets = zip(*self.scored(indices, size), strict=True)
+        target = torch.cat(targets)
+        words, bias = self.words(size)
+        with torch.autocast(indices.device.type, enabled=False):
+            total = cast(Tensor, _Bits.apply(torch.cat(features).float(), words.float(), bias.float(), target))
+        return total / max(1, len(target))
+
+
+def tensors_of(network: PriorNetwork) -> dict[str, Tensor]:
+    """The whole numbers of a network, as `TokenPrior` takes them."""
+    tensors: dict[str, Tensor] = {}
+    layers = {f"{kind}.{n}": conv for kind in ("input", "wide", "narrow")
+              for n, conv in enumerate(getattr(network, kind))}
+    for name, conv in {**layers, "head": network.head}.items():
+        tensors |= {f"{name}.{part}": tensor for part, tensor in cast(RoundedConv, conv).whole().items()}
+    with torch.no_grad():
+        for size in network.sizes:
+            words, bias = network.words(size)
+            tensors[f"codes.{size}"] = torch.round(network.codes(size) * 2**CODE_BITS).to(torch.int8)
+            tensors[f"words.{size}"] = torch.round(words * 2**WORD_BITS).to(torch.int8)
+            tensors[f"word_bias.{size}"] = torch.round(bias * 2**LOGIT_BITS).to(torch.int16)
+    exponents = torch.arange(OCTAVES * 2**OCTAVE_BITS, dtype=torch.float64)
+    tensors["powers"] = torch.round(LARGEST_POWER * torch.exp2(-exponents / 2**OCTAVE_BITS)).to(torch.int32)
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+@dataclass
+class PriorRecipe:
+    """Hyper-parameters of one run; each is a flag of `scripts/train_prior.py`."""
+
+    width: int = 128
+    depth: int = 3
+    dim: int = 64
+    crop: int = 32
+    train_batch_size: int = 12
+    max_train_steps: int = 3000
+    learning_rate: float = 2e-3
+    final_learning_rate: float = 4e-5
+    lr_warmup_steps: int = 100
+    weight_decay: float = 0.05
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.995
+    #: how often the largest codebook is drawn; the others share the rest alike
+    largest_share: float = 0.4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.largest_share <= 1 or self.max_train_steps < 1 or self.train_batch_size < 1 or self.crop < 2:
+            raise ConfigError("A recipe has at least one step of one crop of two tokens, and a share in (0, 1].")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to the final rate."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class GridCrops:
+    """Batch n: crops of random grids in a random codebook; it depends on the seed and n alone."""
+
+    def __init__(self, views: Sequence[TokenGrids], sizes: Sequence[int], recipe: PriorRecipe) -> None:
+        self.views, self.sizes, self.recipe = views, sorted(sizes), recipe
+        rest = len(self.sizes) - 1
+        share = recipe.largest_share if rest else 1.0
+        self.shares = np.array([(1 - share) / max(1, rest)] * rest + [share])
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        """(B, crop, crop) indices, -1 beyond a grid's end, and the codebook's size.
+
+        A grid also loses up to seven of its first rows and columns, so that its tokens fall on all phases.
+        """
+        rng = np.random.default_rng((self.recipe.seed, n))
+        size, side = int(rng.choice(self.sizes, p=self.shares)), self.recipe.crop
+        batch = np.full((self.recipe.train_batch_size, side, side), -1, dtype=np.int64)
+        for crop in batch:
+            view = self.views[rng.integers(len(self.views))]
+            grid = view.grid(int(rng.integers(len(view))), size)
+            top, left = (rng.integers(0, max(min(8, length), length - side + 1)) for length in grid.shape)
+            part = grid[top : top + side, left : left + side]
+            crop[: part.shape[0], : part.shape[1]] = part
+        return torch.from_numpy(batch), size
+
+
+def bits_per_token(prior: TokenPrior, grids: TokenGrids, size: int, limit: int | None = None) -> float:
+    """Of the first `limit` grids, all positions, by the frequencies that code them."""
+    bits = tokens = 0.0
+    for n in range(len(grids))[:limit]:
+        grid = grids.grid(n, size).astype(np.int64)
+        bits += prior.ideal_bits(grid.ravel(), cast(tuple[int, int], grid.shape), size)
+        tokens += grid.size
+    return bits / tokens
+
+
+class PriorTrainer:
+    """Trains a `PriorNetwork` on token grids; what counts and is written is the moving average of its weights.
+
+    views: the training grids, with all codebooks of the network.
+    validation: grids of other pictures, or None.
+    folder: takes `log.jsonl` and `checkpoint.pt`, from which `resume` goes on to the same result.
+    """
+
+    def __init__(self, network: PriorNetwork, recipe: PriorRecipe, views: Sequence[TokenGrids],
+                 validation: TokenGrids | None, folder: Path, mixed_precision: str = "no") -> None:
+        self.recipe, self.validation, self.folder, self.mixed_precision = recipe, validation, folder, mixed_precision
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        self.crops = GridCrops(views, network.sizes, recipe)
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
+        tables = [p for name, p in network.named_parameters() if name.endswith("weight") or "corrections" in name]
+        others = [p for name, p in network.named_parameters() if not (name.endswith("weight") or "corrections" in name)]
+        self.optimizer = torch.optim.AdamW([{"params": tables, "weight_decay": recipe.weight_decay},
+                                            {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.98))
+        self.step = 0
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, where there is one."""
+        path = self.folder / "checkpoint.pt"
+        if path.is_file():
+            state = torch.load(path, weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.average.load_state_dict(state["average"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+
+    def train(self, checkpointing_steps: int, validation_steps: int) -> PriorNetwork:
+        """The moving average after the last step. TrainingError where the loss is no number."""
+        recipe, start = self.recipe, time.process_time()
+        bits: dict[int, list[float]] = {size: [] for size in self.network.sizes}
+        for step in tqdm(range(self.step + 1, recipe.max_train_steps + 1), initial=self.step,
+                         total=recipe.max_train_steps, unit="step", mininterval=5):
+            self.step = step
+            indices, size = self.crops[step]
+            with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision == "bf16"):
+                loss = self.network(indices, size)
+            if not math.isfinite(loss.item()):
+                raise TrainingError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate.")
+            bits[size].append(loss.item())
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(self.step - 1)
+            self.optimizer.step()
+            self.average.update_parameters(self.network)
+            if self.step % checkpointing_steps == 0 or self.step == recipe.max_train_steps:
+                self._checkpoint()
+            if self.step % validation_steps == 0 or self.step == recipe.max_train_steps:
+                facts = {"step": self.step, "cpu_seconds": round(time.process_time() - start, 1),
+                         "train_bits": {s: round(float(np.mean(b)), 4) for s, b in bits.items() if b}}
+                bits = {size: [] for size in self.network.sizes}
+                if self.validation is not None:
+                    prior = TokenPrior(tensors_of(self.averaged))
+                    sizes = self.network.sizes if self.step == recipe.max_train_steps else self.network.sizes[-1:]
+                    facts["validation_bits"] = {s: round(bits_per_token(prior, self.validation, s), 4) for s in sizes}
+                with open(self.folder / "log.jsonl", "a") as file:
+                    file.write(json.dumps(facts) + "\n")
+                tqdm.write(json.dumps(facts))
+        return self.averaged
+
+    @property
+    def averaged(self) -> PriorNetwork:
+        """The network with the moving average of the weights."""
+        return cast(PriorNetwork, self.average.module)
+
+    def _checkpoint(self) -> None:
+        temporary = self.folder / "checkpoint.tmp"
+        torch.save({"network": self.network.state_dict(), "average": self.average.state_dict(),
+                    "optimizer": self.optimizer.state_dict(), "step": self.step}, temporary)
+        temporary.replace(self.folder / "checkpoint.pt")
+
+
+def save_prior(network: PriorNetwork, path: str | Path) -> bytes:
+    """Write a network's whole numbers to a file for `TokenPrior.load`; its fingerprint. ModelError where a sum is
+    not proved to be exact.
+    """
+    tensors = tensors_of(network)
+    prior = TokenPrior(tensors)
+    write_file(path, save(tensors, {"format": FORMAT}))
+    return prior.fingerprint
