@@ -246,17 +246,16 @@ class TokenPrior:
 
     # ---- coding -----------------------------------------------------------------------------------------------------
 
-    def encode(self, indices: Indices, grid: tuple[int, int], codebook: Tensor | int) -> bytes:
-        """(L,) indices of a grid (rows, columns), row by row, to a payload.
+    def encode(self, indices: Indices, grid: tuple[int, int], codebook: int) -> bytes:
+        """(L,) indices of a grid (rows, columns), row by row, in the codebook of that many words, to a payload.
 
-        codebook: (S, d) words, or S; the prior has its own record of the words and only looks at their number.
-        Raises ConfigError where `serves(codebook)` is false, or the indices do not fit grid and codebook.
+        Raises ConfigError where the codebook is not one of `sizes`, or the indices do not fit grid and codebook.
         """
-        size = self._size(codebook)
-        if indices.shape != (grid[0] * grid[1],) or (indices < 0).any() or (indices >= size).any():
-            raise ConfigError(f"A grid of {grid[0]}x{grid[1]} tokens has that many indices below {size}.")
+        self._check_codebook(codebook)
+        if indices.shape != (grid[0] * grid[1],) or (indices < 0).any() or (indices >= codebook).any():
+            raise ConfigError(f"A grid of {grid[0]}x{grid[1]} tokens has that many indices below {codebook}.")
         lows, shares = [], []
-        for cumulative, positions in self._parts(indices, grid, size):
+        for cumulative, positions in self._parts(indices, grid, codebook):
             words = indices[positions, None]
             low = np.take_along_axis(cumulative, words, 1)
             lows.append(low[:, 0])
@@ -264,33 +263,28 @@ class TokenPrior:
             last = int(words[-1, 0])
         return ans_encode(np.concatenate(lows), np.concatenate(shares), last)
 
-    def decode(self, payload: bytes, grid: tuple[int, int], codebook: Tensor | int) -> Indices:
+    def decode(self, payload: bytes, grid: tuple[int, int], codebook: int) -> Indices:
         """Inverse of `encode`. Raises BitstreamError where the payload is not the code of such indices."""
-        size = self._size(codebook)
+        self._check_codebook(codebook)
         indices = np.zeros(grid[0] * grid[1], dtype=np.int64)
         coder = AnsDecoder(payload, len(indices))
-        for cumulative, positions in self._parts(indices, grid, size):
+        for cumulative, positions in self._parts(indices, grid, codebook):
             indices[positions] = coder.decode(cumulative)
         return indices
 
-    def ideal_bits(self, indices: Indices, grid: tuple[int, int], codebook: Tensor | int) -> float:
+    def ideal_bits(self, indices: Indices, grid: tuple[int, int], codebook: int) -> float:
         """The information of `indices` (L,) under the prior's frequencies: what no coder can go below on average."""
+        self._check_codebook(codebook)
         bits = 0.0
-        for cumulative, positions in self._parts(indices, grid, self._size(codebook)):
+        for cumulative, positions in self._parts(indices, grid, codebook):
             words = indices[positions, None]
             shares = np.take_along_axis(cumulative, words + 1, 1) - np.take_along_axis(cumulative, words, 1)
             bits += float((PRECISION - np.log2(shares)).sum())
         return bits
 
-    def serves(self, codebook: Tensor | int) -> bool:
-        """Whether the prior codes tokens of this (S, d) codebook, or of one of so many words."""
-        return (codebook if isinstance(codebook, int) else len(codebook)) in self.sizes
-
-    def _size(self, codebook: Tensor | int) -> int:
-        if not self.serves(codebook):
-            words = codebook if isinstance(codebook, int) else len(codebook)
-            raise ConfigError(f"The prior codes codebooks of {', '.join(map(str, self.sizes))} words, not {words}.")
-        return codebook if isinstance(codebook, int) else len(codebook)
+    def _check_codebook(self, codebook: int) -> None:
+        if codebook not in self.sizes:
+            raise ConfigError(f"The prior codes codebooks of {', '.join(map(str, self.sizes))} words, not {codebook}.")
 
     @torch.inference_mode()
     def _parts(self, indices: Indices, grid: tuple[int, int], codebook: int) -> Iterator[tuple[Indices, Indices]]:
