@@ -9,7 +9,7 @@
 A header is found by its first three bytes, a chunk by its check, which also covers the header; so both are found again
 after bytes that were overwritten, dropped or inserted. Chunks are interleaved over the picture, which suits lost
 packets, or follow the scales or levels of the tokens, so that a cut stream is a coarser picture. See docs/bitstream.md
-for every bit. A stream is taken apart here without its model, and without torch; `codecs/resilience.py` decodes chunks.
+for every bit. A stream is taken apart here without its model, torch or numpy; `codecs/resilience.py` decodes chunks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
-
-import numpy as np
-from numpy.typing import NDArray
+from itertools import accumulate
 
 from vtc.codecs import container
 from vtc.codecs.container import FINGERPRINT_BYTES, MAGIC, Coder, Container, Reader, varint
@@ -49,7 +47,8 @@ _START = MAGIC + bytes((VERSION,))
 class Division:
     """How tokens are divided into chunks: `Division(8)`, `Division.SCALES` or `Division.GROUPS`.
 
-    count: tokens are interleaved over so many chunks, of which neighbours in the grid stand far apart.
+    count: tokens are interleaved over so many chunks, so that neighbours in the grid stand in different ones: in grid
+        number s the token at (row, column) in chunk (steepness * row + column + s) mod count.
     by: instead, each scale or each group (residual level) is a chunk, in order.
     """
 
@@ -80,47 +79,16 @@ class Division:
         """The indices of chunks that hold no tokens and are not written: a small grid interleaved over many."""
         if self.by:
             return set()
-        # Each row covers an arc of the chunks; count the arcs over each, twice around the circle.
+        # Each row covers an arc of the circle of chunks: a step up where it begins, a step down behind its end.
         n, a = self.count, steepness(self.count)
-        steps = np.zeros(2 * n + 1, dtype=np.int64)
+        steps = [0] * (2 * n + 1)
         for s, (rows, columns) in enumerate(scales):
-            starts = (a * np.arange(min(rows, n)) + s) % n
-            np.add.at(steps, starts, 1)
-            np.add.at(steps, starts + min(columns, n), -1)
-        covered = steps.cumsum()[: 2 * n].reshape(2, n).any(0)
-        return set(np.flatnonzero(~covered).tolist())
-
-    def parts(self, scales: tuple[tuple[int, int], ...], groups: int) -> list[Part]:
-        """What stands in each chunk; small grids leave some chunks of an interleaved stream empty."""
-        length = sum(rows * columns for rows, columns in scales)
-        if self.by == "groups":
-            return [Part(np.arange(length), slice(g, g + 1)) for g in range(groups)]
-        if self.by == "scales":
-            of_position = np.repeat(np.arange(len(scales)), [rows * columns for rows, columns in scales])
-        else:
-            of_position = interleave(scales, self.count)
-        order = np.argsort(of_position, kind="stable")
-        ends = np.cumsum(np.bincount(of_position, minlength=self.chunks(scales, groups)))
-        return [Part(positions, slice(0, groups)) for positions in np.split(order, ends[:-1])]
-
-
-@dataclass(frozen=True)
-class Part:
-    """The tokens of one chunk: positions (n,), ascending, and groups."""
-
-    positions: NDArray[np.int64]
-    groups: slice
-
-
-def interleave(scales: tuple[tuple[int, int], ...], chunks: int) -> NDArray[np.int64]:
-    """The chunk of each position (L,): in scale number s, (steepness * row + column + s) mod chunks.
-
-    >>> interleave(((2, 8),), 8).reshape(2, 8).tolist()
-    [[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 0, 1, 2]]
-    """
-    a = steepness(chunks)
-    return np.concatenate([((a * np.arange(rows)[:, None] + np.arange(columns) + s) % chunks).reshape(-1)
-                           for s, (rows, columns) in enumerate(scales)])
+            for row in range(min(rows, n)):
+                start = (a * row + s) % n
+                steps[start] += 1
+                steps[start + min(columns, n)] -= 1
+        arcs = list(accumulate(steps))
+        return {index for index in range(n) if not arcs[index] and not arcs[index + n]}
 
 
 @lru_cache(maxsize=64)

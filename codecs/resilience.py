@@ -7,15 +7,47 @@ Which tokens stand in which chunk, and the bytes around them, are in `codecs/chu
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from vtc.codecs import entropy
-from vtc.codecs.chunks import ChunkedContainer, Division, Part
+from vtc.codecs.chunks import ChunkedContainer, Division, steepness
 from vtc.codecs.container import Coder
 from vtc.codecs.entropy import Indices, StaticTables
 from vtc.errors import BitstreamError, ConfigError
 from vtc.tokenizers.base import TokenLayout
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tokens of one chunk: positions (n,), ascending, and groups."""
+
+    positions: NDArray[np.int64]
+    groups: slice
+
+
+def parts_of(division: Division, scales: tuple[tuple[int, int], ...], groups: int) -> list[Part]:
+    """What stands in each chunk; small grids leave some chunks of an interleaved stream empty."""
+    counts = [rows * columns for rows, columns in scales]
+    if division.by == "groups":
+        return [Part(np.arange(sum(counts)), slice(g, g + 1)) for g in range(groups)]
+    chunk = np.repeat(np.arange(len(scales)), counts) if division.by else interleave(scales, division.count)
+    order = np.argsort(chunk, kind="stable")
+    ends = np.cumsum(np.bincount(chunk, minlength=division.chunks(scales, groups)))
+    return [Part(positions, slice(0, groups)) for positions in np.split(order, ends[:-1])]
+
+
+def interleave(scales: tuple[tuple[int, int], ...], chunks: int) -> NDArray[np.int64]:
+    """The chunk of each position (L,).
+
+    >>> interleave(((2, 8),), 8).reshape(2, 8).tolist()
+    [[0, 1, 2, 3, 4, 5, 6, 7], [3, 4, 5, 6, 7, 0, 1, 2]]
+    """
+    a = steepness(chunks)
+    return np.concatenate([((a * np.arange(rows)[:, None] + np.arange(columns) + s) % chunks).reshape(-1)
+                           for s, (rows, columns) in enumerate(scales)])
 
 
 def encode(indices: Indices, layout: TokenLayout, tables: StaticTables | None, division: Division,
@@ -28,7 +60,7 @@ def encode(indices: Indices, layout: TokenLayout, tables: StaticTables | None, d
     if division.by and division.chunks(layout.scales, layout.groups) < 2:
         raise ConfigError(f"These tokens cannot be divided by {division.by}: there is only one.")
     packed, coded = [], []
-    for part in division.parts(layout.scales, layout.groups):
+    for part in parts_of(division, layout.scales, layout.groups):
         if not part.positions.size:
             packed.append(b"")
             coded.append(b"")
@@ -50,7 +82,7 @@ def decode(parsed: ChunkedContainer, layout: TokenLayout, tables: StaticTables |
     """
     indices = np.zeros((layout.length, layout.groups), dtype=np.int64)
     lost = np.ones(indices.shape, dtype=bool)
-    parts = parsed.division.parts(layout.scales, layout.groups)
+    parts = parts_of(parsed.division, layout.scales, layout.groups)
     for part, payload in zip(parts, parsed.chunks, strict=True):
         if payload is None or not part.positions.size:
             continue

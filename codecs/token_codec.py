@@ -264,7 +264,8 @@ class TokenCodec:
     def _stages(self, missing: NDArray[np.bool_], layout: TokenLayout, division: Division) -> int:
         if division.by != self.tokenizer.stages:
             raise ModelError(f"The stream is ordered by {division.by}, and this model's tokens are not.")
-        lost = [bool(missing[part.positions, part.groups].any()) for part in division.parts(layout.scales, layout.groups)]
+        lost = [bool(missing[part.positions, part.groups].any())
+                for part in resilience.parts_of(division, layout.scales, layout.groups)]
         return lost.index(True) if True in lost else len(lost)
 
     def _refuse_loss(self, received: Received) -> None:

@@ -253,12 +253,14 @@ def test_an_existing_output_is_replaced(here: Path, run: Say) -> None:
 # ---- usage ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("command", "argv"), [
-    ("encode", ()), ("encode", ("a.png", "--quality", "3")), ("encode", ("a.png", "-j", "many")),
+    ("encode", ()), ("encode", ("a.png", "--speed", "3")), ("encode", ("a.png", "-j", "many")),
     ("encode", ("a.png", "-j", "-1")), ("encode", ("a.png", "--device", "toaster")), ("encode", ("a.png", "-o", "")),
     ("encode", ("-", "a.png")), ("encode", ("a.png", "a.png", "-o", "-")), ("encode", (".", "-o", "-")),
     ("encode", ("-", "-o", "./")), ("decode", ("a.vtc", "-o", "a.gif")), ("decode", ("a.vtc", "-o", "a")),
     ("decode", ("a.vtc", "-o", "a.png", "--format", "webp")), ("decode", ("a.vtc", "--format", "bmp")),
-    ("decode", ("a.vtc", "--info", "-o", "a.png")),
+    ("decode", ("a.vtc", "--info", "-o", "a.png")), ("decode", ("a.vtc", "--progressive", "-o", "-")),
+    ("encode", ("a.png", "--resilience", "0")), ("encode", ("a.png", "--resilience", "5000")),
+    ("encode", ("a.png", "--resilience", "8", "--progressive")),
 ])
 def test_usage_errors(command: str, argv: tuple[str, ...], here: Path, run: Say) -> None:
     result = run(command, *argv)
@@ -317,7 +319,7 @@ def test_streams_that_are_damaged(here: Path, run: Say) -> None:
                            (flipped, "checksum"), (stream[:9], "cut"), (stream[:-3], "cut"),
                            (stream + b"x", "followed"),
                            (signed(stream[:2] + b"\x03" + stream[3:-4]), "version 3"),
-                           (signed(stream[:4] + b"\x07" + stream[5:-4]), "model number 7"),
+                           (signed(stream[:4] + b"\x63" + stream[5:-4]), "model number 99"),
                            (signed(stream[:5] + bytes(8) + stream[13:-4]), "fingerprint")):
         Path("b.vtc").write_bytes(content)
         failed(run("decode", "b.vtc", "-o", "b.png"), "b.vtc", words)
@@ -369,7 +371,7 @@ def test_models_and_devices_that_are_not_there(here: Path, run: Say, monkeypatch
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_too_little_memory(error: Exception, here: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compress(self: TokenCodec, images: torch.Tensor) -> list[bytes]:
+    def compress(self: TokenCodec, *args: object) -> list[bytes]:
         raise error
 
     monkeypatch.setattr(TokenCodec, "compress", compress)
@@ -377,7 +379,7 @@ def test_too_little_memory(error: Exception, here: Path, run: Say, monkeypatch: 
 
 
 def test_a_bug_is_one_sentence_too(here: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TokenCodec, "compress", lambda self, images: 1 // 0)
+    monkeypatch.setattr(TokenCodec, "compress", lambda self, *args: 1 // 0)
     failed(run("encode", "a.png"), "a.png: unexpected ZeroDivisionError at test_cli.py:", "by zero.")
 
 
