@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.fixtures import Fixture
@@ -20,6 +20,8 @@ from vtc.cli.import_checkpoint import main as vtc_import
 from vtc.errors import ConfigError, ModelError
 from vtc.models import load_tokenizer
 from vtc.tokenizers import upstream
+from vtc.tokenizers.classes import FAMILIES
+from vtc.tokenizers.diffusers_adapters import AUTOENCODERS, DiffusersAutoencoder, DiffusersVQ, VQModel
 from vtc.tokenizers.ibq import IBQ
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.llamagen_vq import LlamaGenVQ
@@ -105,6 +107,11 @@ CASES: dict[str, tuple[Any, Any, str | None, dict[str, Any]]] = {
 }
 
 
+#: IBQ and VQGAN of other depths than the published ones are told apart with a warning
+BY_AVERAGES = pytest.mark.filterwarnings("ignore:VQGAN and IBQ have the same keys")
+
+
+@BY_AVERAGES
 @pytest.mark.parametrize("case", CASES)
 def test_published_layouts_come_in_and_go_out(case, tmp_path):
     make, publish, key, settings = CASES[case]
@@ -118,14 +125,50 @@ def test_published_layouts_come_in_and_go_out(case, tmp_path):
         assert torch.equal(imported.state_dict()[name], value), name
     loaded = type(model).from_pretrained(tmp_path / "out")
     again = load_checkpoint(tmp_path / "out")
-    expected = {name: value.half().float() for name, value in weights(model).items()}
     for other in (loaded, again):
-        assert other.state_dict().keys() == expected.keys()
-        assert all(torch.equal(other.state_dict()[name], value) for name, value in expected.items())
+        assert other.state_dict().keys() == model.state_dict().keys()
+        assert all(torch.equal(other.state_dict()[name], value) for name, value in model.state_dict().items())
         assert other.layout(50, 40) == model.layout(50, 40)
+        assert other.fingerprint() == model.fingerprint()
+    images = torch.rand(1, 3, 16, 24)
+    assert torch.equal(loaded.encode(images).indices, model.encode(images).indices)
     assert {f.name for f in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors"}
 
 
+@BY_AVERAGES
+def test_rounding_on_request(tmp_path):
+    model = random_model(VQGAN, attention_levels=(2,), **VQ)
+    torch.save(taming(model), tmp_path / "model.pt")
+    import_checkpoint(tmp_path / "model.pt", tmp_path / "python", exact=False)
+    assert vtc_import([str(tmp_path / "model.pt"), str(tmp_path / "command"), "--dtype", "float16", "-q"]) == 0
+    for out in ("python", "command"):
+        loaded = VQGAN.from_pretrained(tmp_path / out)
+        assert all(torch.equal(t.half().float(), loaded.state_dict()[name]) for name, t in weights(model).items())
+        assert loaded.fingerprint() == model.fingerprint()  # what float16 rounds away does not count
+
+
+def test_tensors_are_stored_in_the_least_room_that_keeps_them(tmp_path):
+    model = random_model(VQGAN, attention_levels=(2,), **VQ)
+    model.decoder.conv_out.bias.data.copy_(torch.tensor([1e6, 1.0, -2.0]))  # beyond float16
+    model.encoder.conv_out.bias.data.copy_(torch.arange(8))  # exact in float16
+    with pytest.raises(ModelError, match=r"decoder\.conv_out\.bias has values beyond float16"):
+        model.save_pretrained(tmp_path / "rounded")
+    model.exact_weights = True
+    model.save_pretrained(tmp_path / "exact")
+    stored = load_file(tmp_path / "exact" / "model.safetensors")
+    assert stored["encoder.conv_out.bias"].dtype == torch.float16
+    assert stored["decoder.conv_out.bias"].dtype == stored["quantizer.codebook"].dtype == torch.float32
+    loaded = VQGAN.from_pretrained(tmp_path / "exact")
+    assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
+    assert loaded.fingerprint() == model.fingerprint()
+    model.decoder.conv_out.bias.data[0] += 100  # too much for float32 not to see
+    assert loaded.fingerprint() != model.fingerprint()
+    loaded.save_pretrained(tmp_path / "again")  # what was exact stays exact
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "exact" / "model.safetensors").read_bytes()
+
+
+@BY_AVERAGES
 @pytest.mark.parametrize("case", CASES)
 def test_a_missing_and_a_left_over_key_are_named(case):
     make, publish, _, settings = CASES[case]
@@ -138,6 +181,37 @@ def test_a_missing_and_a_left_over_key_are_named(case):
         from_state_dict({**tensors, "decoder.surprise": torch.zeros(1)}, **settings)
 
 
+@pytest.mark.parametrize(("blocks", "averaged", "family"), [(2, False, "vqgan"), (4, True, "ibq"), (4, False, None),
+                                                             (2, True, None)])
+def test_vqgan_and_ibq_are_told_apart_or_asked_for(blocks, averaged, family, tmp_path):
+    model = random_model(VQGAN, attention_levels=(1,), **{**VQ, "num_res_blocks": blocks, "channel_multipliers": (1, 1)})
+    tensors = with_ema(taming(model), {}) if averaged else taming(model)
+    if family:
+        assert upstream.recognise(tensors) == family
+    else:
+        with pytest.raises(ModelError, match=r"may be a VQGAN or an IBQ.* Give the family: vqgan .* or ibq"):
+            upstream.recognise(tensors)
+    torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
+    for said, cls in (("vqgan", VQGAN), ("ibq", IBQ)):
+        assert type(load_checkpoint(tmp_path / "model.ckpt", said)) is cls
+    out = tmp_path / "out"
+    assert vtc_import([str(tmp_path / "model.ckpt"), str(out), "--family", "ibq", "-q"]) == 0
+    assert type(load_tokenizer(out)) is IBQ
+
+
+def test_an_unpublished_depth_goes_by_averages_with_a_warning():
+    tensors = taming(random_model(VQGAN, attention_levels=(2,), **VQ))
+    with pytest.warns(RuntimeWarning, match=r"no averaged weights, 1 .* taken for vqgan"):
+        assert upstream.recognise(tensors) == "vqgan"
+    with pytest.warns(RuntimeWarning, match=r"\(averaged weights, 1 .* taken for ibq"):
+        assert upstream.recognise(with_ema(tensors, {})) == "ibq"
+
+
+def test_the_names_of_the_families_are_those_that_the_command_knows():
+    assert set(FAMILIES) == {*upstream.MAPS, "sc_vae"}
+
+
+@BY_AVERAGES
 def test_wrong_shapes_families_and_settings_are_told():
     tensors = taming(random_model(VQGAN, attention_levels=(2,), **VQ))
     with pytest.raises(ModelError, match=r"other shapes decoder\.conv_out\.bias"):
@@ -162,6 +236,8 @@ def test_grouping_that_no_key_tells_must_be_given():
     model = random_model(WeTok, groups=3, bits_per_group=4)
     with pytest.raises(ModelError, match="bits_per_group, groups"):
         from_state_dict(weights(model))
+    with pytest.raises(ModelError, match="bits_per_group: give"):
+        from_state_dict(weights(model), groups=3)
     assert from_state_dict(weights(model), groups=3, bits_per_group=4).layout(4, 4) == model.layout(4, 4)
 
 
@@ -171,14 +247,14 @@ def test_the_true_key_lists_fit():
     lines = (SHARED / "fixtures" / "wetok_keys_f16_g4.txt").read_text().splitlines()
     wetok = {k: torch.empty(json.loads(shape), device="meta") for k, shape in (line.split("\t") for line in lines)}
     assert upstream.recognise(wetok) == "wetok"
-    name, ours, config = upstream.FAMILIES["wetok"](wetok)
+    name, ours, config = upstream.MAPS["wetok"](wetok)
     assert (name, config["groups"], config["channel_multipliers"]) == ("WeTok", 4, (1, 1, 2, 2, 4))
     assert_fits(WeTok, ours, config)
 
     shapes = json.loads((SHARED / "fixtures" / "var_d16_statedict_shapes.json").read_text())["vae_ch160v4096z32"]
     var_shapes = {k: torch.empty(shape, device="meta") for k, (shape, _) in shapes.items()}
     assert upstream.recognise(var_shapes) == "var"
-    _, ours, config = upstream.FAMILIES["var"](var_shapes)
+    _, ours, config = upstream.MAPS["var"](var_shapes)
     assert_fits(VARVQVAE, ours, config)
     defaults = VARVQVAE.__init__.__defaults__
     assert defaults is not None and config["channel_multipliers"] == defaults[3]
@@ -216,6 +292,7 @@ class Bomb:
         return (open, (str(self.path), "w"))
 
 
+@BY_AVERAGES
 @pytest.mark.parametrize("legacy", [False, True])
 def test_lightning_objects_are_inert_and_bombs_do_not_go_off(legacy, tmp_path):
     model = random_model(VQGAN, attention_levels=(2,), **VQ)
@@ -236,11 +313,13 @@ def test_lightning_objects_are_inert_and_bombs_do_not_go_off(legacy, tmp_path):
     assert not crater.exists()
 
 
+@BY_AVERAGES
 def test_parameters_and_safetensors_are_read(tmp_path):
     model = random_model(VQGAN, attention_levels=(2,), **VQ)
+    torch.save({f"module._orig_mod.{k}": v for k, v in taming(model).items()}, tmp_path / "compiled.pth")
     torch.save({k: torch.nn.Parameter(v) for k, v in taming(model).items()}, tmp_path / "parameters.pth")
     save_file(taming(model), tmp_path / "model.safetensors")
-    for name in ("parameters.pth", "model.safetensors"):
+    for name in ("parameters.pth", "compiled.pth", "model.safetensors"):
         loaded = load_checkpoint(tmp_path / name)
         assert torch.equal(loaded.state_dict()["quantizer.codebook"], model.quantizer.codebook)
 
@@ -279,3 +358,73 @@ def test_the_command_makes_a_folder_that_loads(tmp_path, capsys):
     assert not (tmp_path / "never").exists()
     with pytest.raises(SystemExit, match="2"):
         vtc_import(["a", "b", "--set", "sides"])
+    with pytest.raises(SystemExit, match="2"):
+        vtc_import(["a", "b", "--family", "stylegan"])
+
+
+BLOCKS: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                              block_out_channels=(8, 16), norm_num_groups=4)
+HALF: dict[str, Any] = dict(block_types=("ResBlock", "EfficientViTBlock"), block_out_channels=(8, 16),
+                            layers_per_block=(1, 1), qkv_multiscales=((), (5,)))
+DIFFUSERS: dict[str, dict[str, Any]] = {
+    "AutoencoderKL": BLOCKS, "ScaleConsistentVAE": {**BLOCKS, "alignment": "centered"},
+    "AutoencoderDC": dict(latent_channels=4, attention_head_dim=4, downsample_block_type="stride_conv",
+                          upsample_block_type="interpolate", decoder_norm_types="rms_norm", decoder_act_fns="silu",
+                          **{f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in HALF.items()})}
+
+
+@pytest.mark.parametrize("kind", DIFFUSERS)
+def test_diffusers_autoencoders_come_in_and_go_out(kind, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = AUTOENCODERS[kind](**DIFFUSERS[kind])
+    model.save_pretrained(tmp_path / "theirs" / ("" if kind == "AutoencoderDC" else "vae"))  # one of a pipeline, too
+    out = tmp_path / "ours"
+    assert vtc_import([str(tmp_path / "theirs"), str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["class"] == "DiffusersAutoencoder"
+    assert {f.name for f in out.iterdir()} >= {"config.json", "model.safetensors"}
+    images = torch.rand(1, 3, 13, 18)
+    adapter = DiffusersAutoencoder(model)
+    for loaded in (DiffusersAutoencoder.from_pretrained(out), load_checkpoint(out)):
+        assert isinstance(loaded, DiffusersAutoencoder)
+        assert type(loaded.model) is AUTOENCODERS[kind] and not loaded.training
+        latents = loaded.encode(images)
+        assert torch.equal(latents.values, adapter.encode(images).values)
+        assert torch.equal(loaded.decode(latents), adapter.decode(latents))
+    with pytest.raises(ModelError, match="DiffusersAutoencoder"):
+        load_tokenizer(out)  # it gives no tokens
+
+
+def test_diffusers_vqmodel_comes_in_and_goes_out(tmp_path):
+    torch.manual_seed(0)
+    model = VQModel(**BLOCKS, latent_channels=4, num_vq_embeddings=16)
+    model.save_pretrained(tmp_path / "theirs" / "vqvae")
+    assert vtc_import([str(tmp_path / "theirs"), str(tmp_path / "ours"), "-q"]) == 0
+    loaded, images = load_tokenizer(tmp_path / "ours"), torch.rand(1, 3, 13, 18)
+    assert isinstance(loaded, DiffusersVQ)
+    assert torch.equal(loaded.encode(images).indices, DiffusersVQ.from_vqmodel(model).encode(images).indices)
+    for more in (["--family", "vqgan"], ["--set", "groups=3"]):
+        assert vtc_import([str(tmp_path / "theirs"), str(tmp_path / "never"), "-q", *more]) == 1
+
+
+def test_an_autoencoder_with_a_stride_is_sc_vae(tmp_path):
+    """The authors' class bears the name AutoencoderKL and has one setting more."""
+    torch.manual_seed(0)
+    model = AUTOENCODERS["AutoencoderKL"](**BLOCKS)
+    model.save_pretrained(tmp_path)
+    for family, settings in (("sc_vae", {}), (None, {"stride": 2, "alignment": "centered"})):
+        loaded = load_checkpoint(tmp_path, family, **settings)
+        assert isinstance(loaded, DiffusersAutoencoder)
+        assert type(loaded.model) is AUTOENCODERS["ScaleConsistentVAE"]
+        assert loaded.model.config.alignment == settings.get("alignment", "upstream")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "stride": 2}))
+    loaded = load_checkpoint(tmp_path)
+    assert isinstance(loaded, DiffusersAutoencoder)
+    assert loaded.downsample == 4 and loaded.model.stride == 2
+    with pytest.raises(ConfigError, match="does not take the settings colour"):
+        load_checkpoint(tmp_path, colour=3)
+    with pytest.raises(ConfigError, match="says itself"):
+        load_checkpoint(tmp_path, "vqgan")
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ModelError, match="UNet2DModel"):
+        load_checkpoint(tmp_path)

@@ -12,3 +12,6 @@ TOKENIZER_CLASSES = {
     "InfinityVAE": "vtc.tokenizers.infinity_vae",
     "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
 }
+
+#: families of published checkpoints, by the name that says outright what a file is; `vtc.tokenizers.upstream`
+FAMILIES = ("vqgan", "ibq", "llamagen", "wetok", "open_magvit2", "var", "infinity", "sc_vae")

@@ -8,6 +8,7 @@ whose latents are continuous and give no tokens.
 
 from __future__ import annotations
 
+import inspect
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,6 +139,9 @@ class DiffusersAutoencoder(nn.Module, PretrainedMixin):
         if name not in AUTOENCODERS:
             raise ModelError(f"{str(name_or_path)!r} holds a {name}; supported are {', '.join(AUTOENCODERS)}, and "
                              "VQModel through DiffusersVQ.")
+        strangers = sorted(settings.keys() - inspect.signature(AUTOENCODERS[name].__init__).parameters.keys())
+        if strangers:
+            raise ConfigError(f"{name} does not take the settings {', '.join(strangers)}.")
         if not ours:
             adapter = cls(_load(AUTOENCODERS[name], name_or_path, subfolder, **settings))
             adapter.exact_weights = True

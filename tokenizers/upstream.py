@@ -4,19 +4,23 @@
     import_checkpoint("wetok.ckpt", "my_folder")           -> config.json + model.safetensors, for `from_pretrained`
 
     family        recognised by                                        from
-    vqgan         quant_conv, encoder.mid.attn_1, no EMA               taming-transformers, VQGAN-compression
-    ibq           the same, with EMA weights (`model_ema.`)            SEED-Voken
+    vqgan         quant_conv, encoder.mid.attn_1; no EMA weights       taming-transformers, VQGAN-compression
+    ibq           the same keys; EMA weights (`model_ema.`)            SEED-Voken
     llamagen      encoder.conv_blocks                                  LlamaGen
     wetok         decoder.adaptive, 32 or 64 latent channels           WeTok, plain and generative decoder
     open_magvit2  decoder.adaptive, 14 or 18 latent channels           Open-MAGVIT2, SEED-Voken
     var           quantize.quant_resi                                  VAR
     infinity      decoder.conv_in.conv, or no attention and no         Infinity's VAE
                   quant_conv
-    diffusers_vq  encoder.down_blocks                                  diffusers' VQModel (with its config.json)
-    vtc           a folder with "class" in its config.json             vtc
+    sc_vae        a diffusers folder of AutoencoderKL, stride 2        Diffusion-4K
+    (diffusers)   a folder whose config.json says VQModel,             diffusers; of a pipeline, its vae, vqvae or movq
+                  AutoencoderKL or AutoencoderDC
+    (vtc)         a folder with "class" in its config.json             vtc
 
 Widths, depths, and where attention stands are facts of the keys and shapes. What they do not tell has the published
-value and can be given: `groups` (WeTok), `sides` (VAR, Infinity), and so on, all arguments of the class.
+value and can be given: `groups` (WeTok), `sides` (VAR, Infinity), and so on, all arguments of the class. VQGAN and IBQ
+have the same keys and shapes: what tells the published ones apart is that IBQ's carry averaged weights and have 4 blocks
+a level, VQGAN's none and 2. Where these two disagree, `family` has to say which it is.
 
 A pickle is a program, and Lightning's checkpoints hold more than tensors. Nothing of it is run: besides the few names
 that make up tensors, every name in the pickle becomes an inert placeholder.
@@ -28,13 +32,14 @@ import json
 import pickle
 import re
 import tarfile
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -43,7 +48,10 @@ from torch import Tensor
 
 from vtc.errors import ConfigError, ModelError
 from vtc.tokenizers.base import Tokenizer
-from vtc.tokenizers.classes import TOKENIZER_CLASSES
+from vtc.tokenizers.classes import FAMILIES, TOKENIZER_CLASSES
+
+if TYPE_CHECKING:
+    from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder
 
 StateDict = dict[str, Tensor]
 
@@ -139,7 +147,8 @@ def read_tensors(path: Path) -> StateDict:
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ModelError(f"{path} holds no state dict of tensors.")
-    return {str(name).removeprefix("module."): tensor for name, tensor in tensors.items()}
+    # What distributed and compiled training puts before every name.
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
 
 
 # ------------------------------------------------------------------------------------------------- names of parameters
@@ -191,7 +200,7 @@ def _some(names: list[str]) -> str:
 # --------------------------------------------------------------------------------------------- what keys and shapes say
 
 
-def _count(tensors: StateDict, pattern: str) -> int:
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers the one group of the pattern takes among the keys."""
     return len({m[1] for m in (re.match(pattern, k) for k in tensors) if m})
 
@@ -281,8 +290,8 @@ def _infinity(tensors: StateDict) -> tuple[str, StateDict, dict[str, Any]]:
     return "InfinityVAE", ours, {**_network(ours), "bits": ours["encoder.conv_out.weight"].shape[0]}
 
 
-FAMILIES: dict[str, Family] = {"vqgan": _vqgan, "ibq": _ibq, "llamagen": _llamagen, "wetok": _wetok,
-                               "open_magvit2": _open_magvit2, "var": _var, "infinity": _infinity}
+MAPS: dict[str, Family] = {"vqgan": _vqgan, "ibq": _ibq, "llamagen": _llamagen, "wetok": _wetok,
+                           "open_magvit2": _open_magvit2, "var": _var, "infinity": _infinity}
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> str:
@@ -298,9 +307,29 @@ def recognise(tensors: Mapping[str, Tensor]) -> str:
     if "decoder.conv_in.conv.weight" in tensors or plain:  # convolutions in wrappers, or bare as in older files
         return "infinity"
     if "quantize.embedding.weight" in tensors and "encoder.down.0.block.0.conv1.weight" in tensors:
-        return "ibq" if any(k.startswith("model_ema.") for k in tensors) else "vqgan"
+        return _vqgan_or_ibq(tensors)
     raise ModelError(f"The keys of this checkpoint ({_some(sorted(tensors)[:4])}, ...) are those of none of the known "
-                     f"families: {', '.join(FAMILIES)}, diffusers' VQModel.")
+                     f"families: {', '.join(MAPS)}.")
+
+
+def _vqgan_or_ibq(tensors: Mapping[str, Tensor]) -> str:
+    """By averaged weights and depth, the two things in which the published ones differ.
+
+    ModelError where the two contradict each other; a RuntimeWarning where the depth is neither's.
+    """
+    blocks = _count(tensors, r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight")
+    by_average = "ibq" if any(k.startswith("model_ema.") for k in tensors) else "vqgan"
+    by_depth = {2: "vqgan", 4: "ibq"}.get(blocks)
+    facts = f"{'' if by_average == 'ibq' else 'no '}averaged weights, {blocks} residual blocks a level"
+    published = "the published VQGANs have none and 2, the IBQs have them and 4"
+    if by_depth is None:
+        warnings.warn(f"VQGAN and IBQ have the same keys; this checkpoint ({facts}) is taken for {by_average} by its "
+                      f"weights alone ({published}). Give the family, vqgan or ibq, to say which it is.", RuntimeWarning,
+                      stacklevel=4)
+    elif by_depth != by_average:
+        raise ModelError(f"This checkpoint ({facts}) may be a VQGAN or an IBQ, which have the same keys: {published}. "
+                         "Give the family: vqgan (nearest codeword) or ibq (largest inner product).")
+    return by_average
 
 
 # ----------------------------------------------------------------------------------------------------------- the way in
@@ -317,22 +346,23 @@ def tokenizer_class(name: str) -> type[Any]:
 def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **settings: Any) -> Tokenizer:
     """A tokenizer in eval mode with the weights of a state dict of upstream names; averaged weights where it has them.
 
-    family: one of FAMILIES where the keys leave it open, or to insist on it; settings: arguments of the class.
+    family: one of MAPS where the keys leave it open, or to insist on it; settings: arguments of the class.
     ModelError names the keys that are missing or left over.
     """
     family = family or recognise(tensors)
-    if family not in FAMILIES:
-        raise ConfigError(f"The family is one of {', '.join(FAMILIES)}, not {family!r}.")
+    if family not in MAPS:
+        raise ConfigError(f"The family of a state dict is one of {', '.join(MAPS)}, not {family!r}.")
     # Averages of the discriminator have no place here, nor do they always have their parameter.
     kept = {k: v for k, v in tensors.items() if not k.startswith("model_ema.loss")}
     try:
-        name, ours, config = FAMILIES[family](ema_weights(kept))
+        name, ours, config = MAPS[family](ema_weights(kept))
     except KeyError as error:
         raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
-    config |= settings
-    unknown = sorted(k for k, v in config.items() if v is None)
+    unknown = sorted(k for k, v in config.items() if v is None and k not in settings)
     if unknown:
-        raise ModelError(f"The checkpoint does not tell {name}'s {', '.join(unknown)}: give them as settings.")
+        raise ModelError(f"The checkpoint, a {family} by its keys, does not tell {name}'s {', '.join(unknown)}: give them "
+                         "as settings, or another family.")
+    config |= settings
     try:
         with torch.device("meta"):
             model = tokenizer_class(name)(**config)
@@ -346,36 +376,70 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
             raise ModelError(f"The checkpoint does not fit {name}: it {what} {_some(names)}.")
     model = tokenizer_class(name)(**config)
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in ours.items()})
+    model.exact_weights = True
     return model.eval()
 
 
-def load_checkpoint(source: str | Path, family: str | None = None, **settings: Any) -> Tokenizer:
+def load_checkpoint(source: str | Path, family: str | None = None,
+                    **settings: Any) -> Tokenizer | DiffusersAutoencoder:
     """A tokenizer in eval mode from a file (.ckpt, .pt, .pth, .bin, .safetensors) or folder, as published.
 
-    A folder is diffusers' VQModel or vtc's own. family, settings: see `from_state_dict`. Nothing is executed.
+    A folder is diffusers' or vtc's own. AutoencoderKL, AutoencoderDC and SC-VAE have no tokens: they come as
+    `DiffusersAutoencoder`. family: says outright what a file is, one of `FAMILIES`, "sc_vae" for a folder of
+    AutoencoderKL; settings: arguments of the class. Nothing is executed.
     """
     path = Path(source)
+    if family is not None and family not in FAMILIES:
+        raise ConfigError(f"The family is one of {', '.join(FAMILIES)}, not {family!r}.")
     if not path.exists():
         raise ModelError(f"There is no checkpoint at {path}.")
     if path.is_file():
         return from_state_dict(read_tensors(path), family, **settings)
+    return _load_folder(_part_of_pipeline(path), family, settings)
+
+
+def _part_of_pipeline(folder: Path) -> Path:
+    """The autoencoder's folder within that of a diffusers pipeline; any other folder is what is meant itself."""
+    if not (folder / "config.json").exists():
+        for part in ("vae", "vqvae", "movq"):
+            if (folder / part / "config.json").is_file():
+                return folder / part
+    return folder
+
+
+def _load_folder(path: Path, family: str | None, settings: dict[str, Any]) -> Tokenizer | DiffusersAutoencoder:
     try:
         config = json.loads((path / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise ModelError(f"The folder {path} has no readable config.json.") from error
-    if "class" in config:
-        return tokenizer_class(config["class"]).from_pretrained(path)
-    if config.get("_class_name") == "VQModel":
-        return tokenizer_class("DiffusersVQ").from_diffusers(path)
-    raise ModelError(f"The folder {path} holds a {config.get('_class_name', 'model')}, which gives no tokens; "
-                     "diffusers' AutoencoderKL and AutoencoderDC go through DiffusersAutoencoder.")
+    name = (config.get("class") or config.get("_class_name")) if isinstance(config, dict) else None
+    autoencoder = name in ("AutoencoderKL", "AutoencoderDC", "ScaleConsistentVAE", "DiffusersAutoencoder")
+    if family not in (None, "sc_vae") or (family and not autoencoder) or (settings and not autoencoder):
+        raise ConfigError(f"The folder {path} says itself that it holds a {name}: it takes no family and no settings.")
+    if autoencoder:
+        from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder
+
+        # AutoencoderKL with a stride is SC-VAE.
+        return DiffusersAutoencoder.from_pretrained(path, **({"stride": 2} if family else {}), **settings)
+    if name == "VQModel":
+        tokenizer: Tokenizer = tokenizer_class("DiffusersVQ").from_diffusers(path)
+    elif isinstance(name, str) and "class" in config:
+        tokenizer = tokenizer_class(name).from_pretrained(path)
+    else:
+        raise ModelError(f"The folder {path} holds a {name or 'model of no name'}; of diffusers, VQModel, AutoencoderKL and "
+                         "AutoencoderDC can be read.")
+    return tokenizer
 
 
-def import_checkpoint(source: str | Path, out: str | Path, family: str | None = None, **settings: Any) -> Tokenizer:
-    """`load_checkpoint`, then `config.json` and `model.safetensors` in the folder `out`; the tokenizer is returned.
+def import_checkpoint(source: str | Path, out: str | Path, family: str | None = None, exact: bool = True,
+                      **settings: Any) -> Tokenizer | DiffusersAutoencoder:
+    """`load_checkpoint`, then `config.json` and `model.safetensors` in the folder `out`; the model is returned.
 
-    Tensors are stored as float16, as every model of vtc is.
+    exact: tensors that float16 would change are stored as float32, so that every token and pixel stays what it was;
+        otherwise all are rounded to float16, in half the room.
     """
-    model: Any = load_checkpoint(source, family, **settings)
-    model.save_pretrained(out)
+    model = load_checkpoint(source, family, **settings)
+    model_: Any = model
+    model_.exact_weights = exact
+    model_.save_pretrained(out)
     return model

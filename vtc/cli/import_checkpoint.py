@@ -14,6 +14,7 @@ from typing import Any
 
 from vtc.cli.common import guarded, say
 from vtc.errors import FileError
+from vtc.tokenizers.classes import FAMILIES
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,14 +25,18 @@ def make_parser() -> argparse.ArgumentParser:
         prog="vtc-import",
         description="Turn a tokenizer's checkpoint, as its authors published it, into a folder of config.json and "
                     "model.safetensors that every command takes as --model. VQGAN (taming, VQGAN-compression), IBQ, "
-                    "LlamaGen, WeTok, Open-MAGVIT2, VAR, Infinity, diffusers' VQModel. Nothing in it is executed.",
+                    "LlamaGen, WeTok, Open-MAGVIT2, VAR, Infinity; folders of diffusers' VQModel, and of AutoencoderKL, "
+                    "AutoencoderDC and SC-VAE, which give no tokens. Nothing in it is executed.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage. Example: vtc-import wetok.ckpt wetok-f16 --set groups=4")
     parser.add_argument("source", metavar="SOURCE", help=".ckpt, .pt, .pth, .bin, .safetensors, or diffusers' folder")
     parser.add_argument("out", metavar="OUT", help="folder to make; it must not exist yet, or be empty")
-    parser.add_argument("--family", metavar="NAME", help="where the keys leave it open: vqgan, ibq, llamagen, wetok, "
-                                                         "open_magvit2, var, infinity")
+    parser.add_argument("--family", choices=FAMILIES, metavar="NAME",
+                        help=f"say outright what it is, where the keys leave it open: {', '.join(FAMILIES)}")
     parser.add_argument("--set", dest="settings", metavar="NAME=VALUE", type=_setting, action="append", default=[],
                         help="a setting that the file does not tell, as JSON: sides=[1,2,3], groups=4; may be repeated")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
+                        help="float32 (default) keeps every weight as it is, and as float16 what that holds exactly; "
+                             "float16 rounds: half the size, and a token in some thousands may differ")
     parser.add_argument("--json", action="store_true", help="what was made, as JSON on stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but failures")
     parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
@@ -63,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
+            model.exact_weights = args.dtype == "float32"
             model.save_pretrained(temporary)
             temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
             os.replace(temporary, out)
