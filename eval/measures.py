@@ -451,6 +451,7 @@ def build(alias: str, options: Options | None = None) -> Measure:
 
 
 def _features(alias: str, o: Options) -> Measure:
+    extractor: PooledFeatures | Inception
     if alias.endswith(("_alexnet", "_squeezenet")):
         kind, _, network = alias.rpartition("_")
         extractor = _pooled("alex" if network == "alexnet" else "squeeze", o.lpips_weights, o.device)

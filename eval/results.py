@@ -120,12 +120,13 @@ def marks(methods: Sequence[MethodResult]) -> tuple[list[str], list[str]]:
         text = "Made differently from the first row: " + "; ".join(reasons) + "."
         if text not in notes:
             notes.append(text)
-        found.append(_letter(notes.index(text)))
+        found.append(letter(notes.index(text)))
     return found, notes
 
 
-def _letter(n: int) -> str:
-    return chr(ord("a") + n) if n < 26 else f"{_letter(n // 26 - 1)}{_letter(n % 26)}"
+def letter(n: int) -> str:
+    """0, 1, ... to a, b, ..., z, aa, ..."""
+    return chr(ord("a") + n) if n < 26 else f"{letter(n // 26 - 1)}{letter(n % 26)}"
 
 
 def result_names(methods: Iterable[MethodResult]) -> list[str]:
@@ -156,7 +157,8 @@ def rate_savings(methods: Sequence[MethodResult], anchor: str, names: Sequence[s
             if family == anchor or len(points) < 2 or len(base) < 2:
                 continue
             try:
-                delta = bd_rate(*zip(*base, strict=True), *zip(*points, strict=True))
+                delta = bd_rate([r for r, _ in base], [q for _, q in base], [r for r, _ in points],
+                                [q for _, q in points])
             except ConfigError as error:
                 found.append(RateSaving(name, family, anchor, None, note=str(error)))
             except ImportError:
@@ -251,7 +253,7 @@ def table(methods: Sequence[MethodResult], with_intervals: bool = False) -> str:
             cells.append(cell_text(name, result, method.conditions["n"], with_intervals))
         label = method.name + (f" [{letter}]" if letter else "")
         lines.append(f"| {label} | {method.conditions['n']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *(f"\n[{_letter(i)}] {note}" for i, note in enumerate(notes))]) + "\n"
+    return "\n".join([*lines, *(f"\n[{letter(i)}] {note}" for i, note in enumerate(notes))]) + "\n"
 
 
 def cell_text(name: str, result: Result | None, n: int, with_interval: bool = False) -> str:

@@ -433,7 +433,7 @@ def _for_images(columns: dict[str, np.ndarray], measures: Sequence[Measure]) -> 
     facts = [name for name in ("height", "width", "num_bytes") if name in columns]
     statistics = {s.name: s for measure in measures for s in measure.statistics}
     summed = {name for s in statistics.values() for name in s.columns} | set(facts)
-    found = {name: columns[name] for name in facts}
+    found: dict[str, np.ndarray] = {name: columns[name] for name in facts}
     for name, statistic in statistics.items():
         if all(column in columns for column in statistic.columns):
             found[name] = np.asarray(statistic.function(*(columns[column] for column in statistic.columns)))
