@@ -69,20 +69,24 @@ def annotate_faces(file_name: str, original: np.ndarray, engine: FaceEngine, lar
     return Annotation(file_name, height, width, faces=tuple(Face(face_ratio(b, height, width), b) for b in boxes))
 
 
-def compare_faces(annotation: Annotation, original: np.ndarray, reconstruction: np.ndarray,
-                  engine: FaceEngine) -> list[FaceRecord]:
-    """Every annotated face of one pair of pictures, uint8 (H, W, 3); ImageError where a size differs.
-
-    The reconstruction is aligned by the original's landmarks: whether a detector still finds a face is not asked.
-    """
+def original_faces(annotation: Annotation, original: np.ndarray, engine: FaceEngine) -> list[tuple[Any, np.ndarray]]:
+    """Alignment and vector of every annotated face of an original, uint8 (H, W, 3), to be compared with many."""
     annotation.check(original)
+    alignments = [engine.align(original, face) for face in annotation.faces]
+    return [(alignment, engine.embed(original, alignment)) for alignment in alignments]
+
+
+def compare_faces(annotation: Annotation, originals: Sequence[tuple[Any, np.ndarray]], reconstruction: np.ndarray,
+                  engine: FaceEngine) -> list[FaceRecord]:
+    """Every annotated face of one reconstruction, uint8 (H, W, 3); ImageError where its size differs.
+
+    originals: of `original_faces`. The reconstruction is aligned by the original's landmarks: whether a detector still
+    finds a face is not asked.
+    """
     annotation.check(reconstruction)
-    records = []
-    for face in annotation.faces:
-        alignment = engine.align(original, face)
-        first, second = (engine.embed(pixels, alignment) for pixels in (original, reconstruction))
-        records.append(FaceRecord(annotation.key, face.ratio, tuple(first.tolist()), tuple(second.tolist())))
-    return records
+    return [FaceRecord(annotation.key, face.ratio, tuple(vector.tolist()),
+                       tuple(engine.embed(reconstruction, alignment).tolist()))
+            for face, (alignment, vector) in zip(annotation.faces, originals, strict=True)]
 
 
 def face_fidelity(annotations: Iterable[Annotation], original: Callable[[Annotation], np.ndarray],
@@ -98,7 +102,8 @@ def face_fidelity(annotations: Iterable[Annotation], original: Callable[[Annotat
     failures: list[str] = []
     for annotation in annotations:
         try:
-            records.extend(compare_faces(annotation, original(annotation), reconstruction(annotation), engine))
+            originals = original_faces(annotation, original(annotation), engine)
+            records.extend(compare_faces(annotation, originals, reconstruction(annotation), engine))
         except VtcError as error:
             failures.append(f"{annotation.key}: {error}")
     return summarise_faces(records, engine, size, medium, mean, failures)
@@ -109,7 +114,7 @@ def summarise_faces(records: Sequence[FaceRecord], engine: FaceEngine, size: int
     """Records, of however many pictures and processes, to one row a measure.
 
     mean: is taken off dlib's vectors before their cosine; by default the mean of the originals at hand, so results that
-    are to be compared should be given the same one. It goes into the result.
+    are to be compared should be given the same one. It goes into the result. One face by itself has no such cosine.
     """
     ratios, bounds = [r.ratio for r in records], edges("face", size, medium)
     values: dict[str, list[float]]
@@ -122,7 +127,7 @@ def summarise_faces(records: Sequence[FaceRecord], engine: FaceEngine, size: int
             raise ConfigError(f"The engine {engine.info.name!r} measures distances and has no threshold.")
         values = {"face_distance": [r.distance for r in records],
                   "face_match_rate": [float(r.distance < threshold) for r in records]}
-        if records:
+        if mean is not None or len(records) > 1:
             centre = np.mean([r.original for r in records], 0) if mean is None else np.array(mean, dtype=np.float64)
             values["face_centred_cosine"] = [_cosine(np.array(r.original) - centre, np.array(r.reconstruction) - centre)
                                              for r in records]

@@ -7,7 +7,7 @@ its name notwithstanding). Both respect case and accents. Source: TokBench (Wu e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class WordRecord:
-    """One word of one picture: what stands there, what was read, and the two scores."""
+    """One word of one picture, its `number`-th: what stands there, what was read, and the two scores."""
 
     image: str
+    number: int
     truth: str
     answer: str
     ratio: float
@@ -78,9 +79,20 @@ def t_ned(truth: str, answer: str) -> float:
     return 1 - levenshtein(truth, answer) / longer if longer else 1.0
 
 
-def score_word(image: str, word: Word, answer: str) -> WordRecord:
+def score_word(image: str, number: int, word: Word, answer: str) -> WordRecord:
     """The two scores of one answer."""
-    return WordRecord(image, word.truth, answer, word.ratio, int(answer == word.truth), t_ned(word.truth, answer))
+    return WordRecord(image, number, word.truth, answer, word.ratio, int(answer == word.truth),
+                      t_ned(word.truth, answer))
+
+
+def readable(annotations: Iterable[Annotation], records: Iterable[WordRecord]) -> list[Annotation]:
+    """Only the words that were read exactly in the originals, which `records` are of, and the pictures that keep some.
+
+    TokBench made its annotations so: what a reader misses in a reconstruction is then the tokenizer's doing.
+    """
+    right = {(r.image, r.number) for r in records if r.t_acc}
+    kept = (replace(a, words=tuple(w for i, w in enumerate(a.words) if (a.key, i) in right)) for a in annotations)
+    return [annotation for annotation in kept if annotation.words]
 
 
 def read_words(annotation: Annotation, reconstruction: np.ndarray, engine: TextEngine) -> list[WordRecord]:
@@ -90,7 +102,8 @@ def read_words(annotation: Annotation, reconstruction: np.ndarray, engine: TextE
     """
     annotation.check(reconstruction)
     answers = engine.read([crop(annotation, word, reconstruction) for word in annotation.words])
-    return [score_word(annotation.key, word, answer) for word, answer in zip(annotation.words, answers, strict=True)]
+    return [score_word(annotation.key, number, word, answer)
+            for number, (word, answer) in enumerate(zip(annotation.words, answers, strict=True))]
 
 
 def crop(annotation: Annotation, word: Word, pixels: np.ndarray) -> np.ndarray:
@@ -113,26 +126,27 @@ def text_fidelity(annotations: Iterable[Annotation], reconstruction: Callable[[A
     """
     records: list[WordRecord] = []
     failures: list[str] = []
-    waiting: list[tuple[str, Word, np.ndarray]] = []
+    waiting: list[tuple[str, int, Word, np.ndarray]] = []
 
     def read_waiting() -> None:
-        truths = [word.truth for _, word, _ in waiting]
-        answers = engine.read([pixels for _, _, pixels in waiting], truths if compat else None)
-        records.extend(score_word(key, word, answer)
-                       for (key, word, _), answer in zip(waiting, answers, strict=True))
+        truths = [word.truth for _, _, word, _ in waiting]
+        answers = engine.read([pixels for *_, pixels in waiting], truths if compat else None)
+        records.extend(score_word(key, number, word, answer)
+                       for (key, number, word, _), answer in zip(waiting, answers, strict=True))
 
     for annotation in annotations:
         try:
             pixels = reconstruction(annotation)
             annotation.check(pixels)
-            crops = [(annotation.key, word, crop(annotation, word, pixels)) for word in annotation.words]
+            crops = [(annotation.key, number, word, crop(annotation, word, pixels).copy())  # no view of the picture
+                     for number, word in enumerate(annotation.words)]
         except VtcError as error:
             failures.append(f"{annotation.key}: {error}")
             continue
         if compat and medium == "video":
-            crops = [c for c in crops if min(c[2].shape[:2]) > 1]
+            crops = [entry for entry in crops if min(entry[3].shape[:2]) > 1]
         for entry in crops:
-            waiting.append((entry[0], entry[1], entry[2].copy()))  # a view would keep the whole picture
+            waiting.append(entry)
             if len(waiting) == BATCH:
                 read_waiting()
                 waiting.clear()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,6 +53,20 @@ class TextEngine(ABC):
         The answer to a crop does not depend on its neighbours, unless `truths` are given: TokBench bounds PARSeq's
         answers by the longest true word of a batch, and only that engine under `compat` takes notice.
         """
+
+
+class AdaptedTextEngine(TextEngine):
+    """An engine whose answers are brought to the conventions of a data set's truths: capitals only, no separators.
+
+    `note` says so in `info.settings`, for such numbers are not those of the engine as it is.
+    """
+
+    def __init__(self, engine: TextEngine, adapt: Callable[[str], str], note: str) -> None:
+        self._engine, self._adapt = engine, adapt
+        self.info = replace(engine.info, settings={**engine.info.settings, "adapted": note})
+
+    def read(self, crops: Sequence[np.ndarray], truths: Sequence[str] | None = None) -> list[str]:
+        return [self._adapt(answer) for answer in self._engine.read(crops, truths)]
 
 
 class FaceEngine(ABC):

@@ -57,11 +57,8 @@ class TesseractEngine(TextEngine):
                 _prepared(check_pixels(crop)).save(names[-1])
             listing = Path(folder) / "crops.txt"
             listing.write_text("\n".join(names) + "\n")
-            text = self._run(str(listing), "stdout", "-l", LANGUAGE, "--psm", "8")
-        pages = text.split("\f")[:-1]
-        if len(pages) != len(crops):
-            raise ModelError(f"Tesseract answered {len(pages)} crops of {len(crops)}.")
-        return ["".join(page.split()) for page in pages]
+            table = self._run(str(listing), "stdout", "-l", LANGUAGE, "--psm", "8", "-c", "tessedit_create_tsv=1")
+        return _answers(table, len(crops))
 
     def _run(self, *arguments: str) -> str:
         # Without the limit its threads spin, which is slower for single words.
@@ -74,6 +71,21 @@ class TesseractEngine(TextEngine):
             message = " ".join(done.stderr.decode(errors="replace").split())[:200]
             raise ModelError(f"Tesseract failed: {message}")
         return done.stdout.decode(errors="replace")
+
+
+def _answers(table: str, count: int) -> list[str]:
+    """Column 2 of Tesseract's TSV is the page, from 1 on, column 12 the text; each page has rows, with text or without.
+
+    Plain text would not do: whether its form feeds stand between pages or after each has changed with versions.
+    """
+    answers: dict[int, str] = {}
+    for row in table.splitlines()[1:]:
+        columns = row.split("\t", 11)
+        page = int(columns[1])
+        answers[page] = answers.get(page, "") + "".join(columns[11].split() if len(columns) == 12 else ())
+    if sorted(answers) != list(range(1, count + 1)):
+        raise ModelError(f"Tesseract answered {len(answers)} crops of {count}.")
+    return [answers[page] for page in range(1, count + 1)]
 
 
 def _prepared(crop: np.ndarray) -> Image.Image:
