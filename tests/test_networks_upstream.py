@@ -184,7 +184,8 @@ def test_a_missing_and_a_left_over_key_are_named(case):
 @pytest.mark.parametrize(("blocks", "averaged", "family"), [(2, False, "vqgan"), (4, True, "ibq"), (4, False, None),
                                                              (2, True, None)])
 def test_vqgan_and_ibq_are_told_apart_or_asked_for(blocks, averaged, family, tmp_path):
-    model = random_model(VQGAN, attention_levels=(1,), **{**VQ, "num_res_blocks": blocks, "channel_multipliers": (1, 1)})
+    depth: dict[str, Any] = dict(num_res_blocks=blocks, channel_multipliers=(1, 1))
+    model = random_model(VQGAN, attention_levels=(1,), **VQ, **depth)
     tensors = with_ema(taming(model), {}) if averaged else taming(model)
     if family:
         assert upstream.recognise(tensors) == family
@@ -234,7 +235,7 @@ def test_wrong_shapes_families_and_settings_are_told():
 
 def test_grouping_that_no_key_tells_must_be_given():
     model = random_model(WeTok, groups=3, bits_per_group=4)
-    with pytest.raises(ModelError, match="bits_per_group, groups"):
+    with pytest.raises(ModelError, match="bits_per_group, groups: give them"):
         from_state_dict(weights(model))
     with pytest.raises(ModelError, match="bits_per_group: give"):
         from_state_dict(weights(model), groups=3)

@@ -121,8 +121,8 @@ class DiffusersAutoencoder(nn.Module, PretrainedMixin):
         self.shift = float(config.get("shift_factor") or 0.0)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike[str], subfolder: str | None = None,
-                        **settings: Any) -> Self:
+    def from_pretrained(cls, name_or_path: str | os.PathLike[str],  # type: ignore[override]  # ours is simpler
+                        subfolder: str | None = None, **settings: Any) -> Self:
         """From a folder or a repository on the Hub, of diffusers or of vtc, as its config.json says; safetensors only.
 
         settings: replace what config.json says, such as the `alignment` of a ScaleConsistentVAE. An AutoencoderKL with

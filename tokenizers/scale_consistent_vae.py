@@ -20,11 +20,11 @@ twice the downsampling have not (`alignment="centered"`). The two differ in noth
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vtc.errors import ConfigError
 from vtc.tokenizers.layers import mend_group_norms
@@ -144,7 +144,7 @@ class ScaleConsistentVAE(AutoencoderKL):
                                       mid_block_add_attention=mid_block_add_attention)
             decoder.alignment = alignment
             self.decoder = decoder
-        mend_group_norms(self)
+        mend_group_norms(cast(nn.Module, self))
         self.tile_latent_min_size = int(self.tile_sample_min_size / self.downsample)
 
     def decode_with_features(self, z: Tensor) -> DecodedWithFeatures:
@@ -170,7 +170,7 @@ class ScaleConsistentVAE(AutoencoderKL):
         if not 0 <= share < 1 or int(latent * (1 - share)) * self.downsample != int(side * (1 - share)):
             raise ConfigError(f"An overlap of {share} does not cut tiles of {latent} latents at whole latents.")
         if use_tiling:
-            warn_of_tiles(self)
+            warn_of_tiles(cast(nn.Module, self))
         self.use_tiling = use_tiling
         self.tile_sample_min_size, self.tile_latent_min_size, self.tile_overlap_factor = side, latent, share
 

@@ -70,8 +70,8 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
 
 def warn_of_tiles(network: nn.Module) -> None:
     """A RuntimeWarning to whoever called what calls this: tiles of this network do not add up to the whole."""
-    warnings.warn(f"{type(network).__name__} is not local: group norm and attention see their tile only, so tiles change "
-                  "its result; tiling_error says by how much.", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{type(network).__name__} is not local: group norm and attention see their tile only, so tiles "
+                  "change its result; tiling_error says by how much.", RuntimeWarning, stacklevel=3)
 
 
 def _check(tokenizer: Tokenizer, tile: int) -> None:

@@ -19,8 +19,8 @@
 
 Widths, depths, and where attention stands are facts of the keys and shapes. What they do not tell has the published
 value and can be given: `groups` (WeTok), `sides` (VAR, Infinity), and so on, all arguments of the class. VQGAN and IBQ
-have the same keys and shapes: what tells the published ones apart is that IBQ's carry averaged weights and have 4 blocks
-a level, VQGAN's none and 2. Where these two disagree, `family` has to say which it is.
+have the same keys and shapes: what tells the published ones apart is that IBQ's carry averaged weights and have 4
+blocks a level, VQGAN's none and 2. Where these two facts disagree, `family` has to say which it is.
 
 A pickle is a program, and Lightning's checkpoints hold more than tensors. Nothing of it is run: besides the few names
 that make up tensors, every name in the pickle becomes an inert placeholder.
@@ -324,8 +324,8 @@ def _vqgan_or_ibq(tensors: Mapping[str, Tensor]) -> str:
     published = "the published VQGANs have none and 2, the IBQs have them and 4"
     if by_depth is None:
         warnings.warn(f"VQGAN and IBQ have the same keys; this checkpoint ({facts}) is taken for {by_average} by its "
-                      f"weights alone ({published}). Give the family, vqgan or ibq, to say which it is.", RuntimeWarning,
-                      stacklevel=4)
+                      f"averages alone ({published}). Give the family, vqgan or ibq, to say which it is.",
+                      RuntimeWarning, stacklevel=4)
     elif by_depth != by_average:
         raise ModelError(f"This checkpoint ({facts}) may be a VQGAN or an IBQ, which have the same keys: {published}. "
                          "Give the family: vqgan (nearest codeword) or ibq (largest inner product).")
@@ -360,8 +360,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
         raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
     unknown = sorted(k for k, v in config.items() if v is None and k not in settings)
     if unknown:
-        raise ModelError(f"The checkpoint, a {family} by its keys, does not tell {name}'s {', '.join(unknown)}: give them "
-                         "as settings, or another family.")
+        raise ModelError(f"The checkpoint, a {family} by its keys, does not tell {name}'s {', '.join(unknown)}: give "
+                         "them as settings, or another family.")
     config |= settings
     try:
         with torch.device("meta"):
@@ -420,14 +420,15 @@ def _load_folder(path: Path, family: str | None, settings: dict[str, Any]) -> To
         from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder
 
         # AutoencoderKL with a stride is SC-VAE.
-        return DiffusersAutoencoder.from_pretrained(path, **({"stride": 2} if family else {}), **settings)
+        stride = {"stride": 2} if family else {}
+        return DiffusersAutoencoder.from_pretrained(path, **{**stride, **settings})
     if name == "VQModel":
         tokenizer: Tokenizer = tokenizer_class("DiffusersVQ").from_diffusers(path)
     elif isinstance(name, str) and "class" in config:
         tokenizer = tokenizer_class(name).from_pretrained(path)
     else:
-        raise ModelError(f"The folder {path} holds a {name or 'model of no name'}; of diffusers, VQModel, AutoencoderKL and "
-                         "AutoencoderDC can be read.")
+        raise ModelError(f"The folder {path} holds a {name or 'model of no name'}; of diffusers, VQModel, "
+                         "AutoencoderKL and AutoencoderDC can be read.")
     return tokenizer
 
 

@@ -25,7 +25,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="vtc-import",
         description="Turn a tokenizer's checkpoint, as its authors published it, into a folder of config.json and "
                     "model.safetensors that every command takes as --model. VQGAN (taming, VQGAN-compression), IBQ, "
-                    "LlamaGen, WeTok, Open-MAGVIT2, VAR, Infinity; folders of diffusers' VQModel, and of AutoencoderKL, "
+                    "LlamaGen, WeTok, Open-MAGVIT2, VAR, Infinity; diffusers' VQModel, and its AutoencoderKL and "
                     "AutoencoderDC and SC-VAE, which give no tokens. Nothing in it is executed.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage. Example: vtc-import wetok.ckpt wetok-f16 --set groups=4")
     parser.add_argument("source", metavar="SOURCE", help=".ckpt, .pt, .pth, .bin, .safetensors, or diffusers' folder")
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="a setting that the file does not tell, as JSON: sides=[1,2,3], groups=4; may be repeated")
     parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
                         help="float32 (default) keeps every weight as it is, and as float16 what that holds exactly; "
-                             "float16 rounds: half the size, and a token in some thousands may differ")
+                             "float16 rounds: half the size, and some tokens in a thousand differ")
     parser.add_argument("--json", action="store_true", help="what was made, as JSON on stdout")
     parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but failures")
     parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
