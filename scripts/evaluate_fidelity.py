@@ -194,7 +194,7 @@ def text_pictures(folder: Path, every_document: int, every_line: int, limit: int
         except VtcError as error:
             failures.append(str(error).replace(str(path), path.name))
             continue
-        pictures.append(TextPicture(path, kind, Annotation(path.name, *pixels.shape[:2], tuple(words))))
+        pictures.append(TextPicture(path, kind, Annotation(path.name, pixels.shape[0], pixels.shape[1], tuple(words))))
     if not pictures:
         raise ConfigError(f"{folder} holds no picture with legible words.")
     return pictures
@@ -221,10 +221,10 @@ def judge_text(pictures: list[TextPicture], engines: list[TextEngine], sizes: li
         for picture in tqdm(pictures, f"text at {size}", disable=quiet, file=sys.stderr):
             wanted = {}
             for engine in engines:
-                annotation = legible.get((engine.info.name, picture.annotation.file_name))
-                words = tuple(w for w in annotation.words if w.ratio >= lowest) if annotation else ()
-                if annotation and words:
-                    wanted[engine.info.name] = replace(annotation, words=words)
+                read = legible.get((engine.info.name, picture.annotation.file_name))
+                words = tuple(w for w in read.words if w.ratio >= lowest) if read else ()
+                if read and words:
+                    wanted[engine.info.name] = replace(read, words=words)
             if not wanted:
                 continue
             pixels = load_image(picture.path).pixels
@@ -284,7 +284,7 @@ def reconstructions(pixels: np.ndarray, size: int, codec: TokenCodec) -> Iterabl
 
     A peer whose smallest file is larger than allowed is left out for that picture.
     """
-    canvas = image_canvas(*pixels.shape[:2], size)
+    canvas = image_canvas(pixels.shape[0], pixels.shape[1], size)
     placed = canvas.place(pixels)
     yield "resize", canvas.restore(placed), 0
     (data,) = codec.compress(to_tensor(placed)[None])
@@ -314,7 +314,7 @@ def mean(values: Iterable[float]) -> float | None:
 # -- TokBench's own pictures and films -------------------------------------------------------------------------------
 
 
-def evaluate_tokbench(args: argparse.Namespace) -> tuple[str, ...]:
+def evaluate_tokbench(args: argparse.Namespace) -> list[str]:
     """The whole job of `tokbench`; returns what could not be judged."""
     kind: Kind = args.kind
     medium: Medium = args.medium
@@ -324,33 +324,38 @@ def evaluate_tokbench(args: argparse.Namespace) -> tuple[str, ...]:
     if not present or (args.sets and len(present) < len(files)):
         missing = next(file for name, file in files.items() if name not in present)
         raise FileError(f"{args.data} has no annotations {missing.name}: fetch the data set Junfeng5/TokBench.")
-    annotations: list[Annotation] = []
-    home: dict[int, str] = {}
-    for name, file in present.items():
-        for annotation in read_annotations(file, kind, medium):
-            home[id(annotation)] = name
-            annotations.append(annotation)
-
-    def picture(folder_of: Callable[[str], Path], compat: bool) -> Callable[[Annotation], np.ndarray]:
-        if medium == "image":
-            return lambda a: load_image(find_picture(folder_of(home[id(a)]), a.file_name, compat)).pixels
-        films = {name: Films(lambda file_name, n=name: film_file(folder_of(n), file_name, compat)) for name in present}
-        return lambda a: films[home[id(a)]](a)
-
-    rebuilt = picture(lambda name: reconstruction_folder(args.reconstructions, kind, name, args.size, medium),
-                      args.compat)
+    failures: list[str] = []
     result: dict
     if kind == "text":
-        text = text_fidelity(annotations, rebuilt, load_text_engine(args.engine or DEFAULT_TEXT_ENGINE, args.weights),
-                             args.size, medium, args.compat)
-        result, failures = text.describe(), text.failures
+        reader = load_text_engine(args.engine or DEFAULT_TEXT_ENGINE, args.weights)
+        words: list[WordRecord] = []
+        for name, file in present.items():
+            rebuilt = pictures_of(reconstruction_folder(args.reconstructions, kind, name, args.size, medium), medium,
+                                  args.compat)
+            part = text_fidelity(read_annotations(file, kind, medium), rebuilt, reader, args.size, medium, args.compat)
+            words.extend(part.records)
+            failures.extend(part.failures)
+        result = summarise_words(words, reader.info.describe(), args.size, medium, failures, args.compat).describe()
     else:
-        original = picture(lambda name: original_folder(args.data, kind, name, medium), True)
-        face = face_fidelity(annotations, original, rebuilt,
-                             load_face_engine(args.engine or DEFAULT_FACE_ENGINE, args.weights), args.size, medium)
-        result, failures = face.describe(), face.failures
+        judge = load_face_engine(args.engine or DEFAULT_FACE_ENGINE, args.weights)
+        faces: list[FaceRecord] = []
+        for name, file in present.items():
+            original = pictures_of(original_folder(args.data, kind, name, medium), medium, True)
+            rebuilt = pictures_of(reconstruction_folder(args.reconstructions, kind, name, args.size, medium), medium,
+                                  args.compat)
+            found = face_fidelity(read_annotations(file, kind, medium), original, rebuilt, judge, args.size, medium)
+            faces.extend(found.records)
+            failures.extend(found.failures)
+        result = summarise_faces(faces, judge, args.size, medium, None, failures).describe()
     print(json.dumps({"sets": list(present), **result, "provenance": provenance()}, indent=1))
     return failures
+
+
+def pictures_of(folder: Path, medium: Medium, compat: bool) -> Callable[[Annotation], np.ndarray]:
+    """The picture or the frame of an annotation."""
+    if medium == "video":
+        return Films(lambda name: film_file(folder, name, compat))
+    return lambda annotation: load_image(find_picture(folder, annotation.file_name, compat)).pixels
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------
