@@ -6,6 +6,7 @@ A policy is a dataclass of hyper-parameters in a file of its own. It sees one la
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -69,9 +70,27 @@ class Candidates:
         return logits.float().softmax(-1)
 
     def spaced_queries(self, count: int) -> Tensor:
-        """Numbers of `count` queries, or all there are, spaced evenly over the step."""
+        """Numbers of `count` queries, or all there are, spaced evenly over the step's sequence."""
         total = self.q.shape[2]
         return torch.linspace(0, total - 1, min(count, total), device=self.q.device).round().long()
+
+    def centre_queries(self, count: int) -> Tensor:
+        """Numbers of the middles of as many patches as a square grid of at most `count` has, over the step's map.
+
+        A map with fewer rows or columns than that grid gives its last `count` queries.
+        """
+        rows, columns = self.schedule.sizes[self.step]
+        grid, total = math.isqrt(count), self.q.shape[2]
+        if rows * columns != total or min(rows, columns) < grid:
+            return torch.arange(max(0, total - count), total, device=self.q.device)
+        y, x = (((torch.arange(grid) + 0.5) * (n / grid) - 0.5).round().long() for n in (rows, columns))
+        return (y[:, None] * columns + x).flatten().to(self.q.device)
+
+    def among_new(self, queries: Tensor) -> Tensor:
+        """(n,) bool: which keys are the own ones of these queries of the step."""
+        mark = torch.zeros(self.count, dtype=torch.bool, device=self.q.device)
+        mark[self.count - self.new + queries] = True
+        return mark
 
     def top(self, scores: Tensor, count: int, always: Tensor | None = None) -> Tensor:
         """Indices (B, h, count), ascending, of the largest of the (B, h, n) scores; `always` (bool) come first.
@@ -109,6 +128,10 @@ class KVPolicy:
     def check(self, schedule: Schedule) -> None:
         """Raise ConfigError, saying why, where the policy has no meaning for such a model or does not fit it."""
 
+    def budget(self, schedule: Schedule, layer: int, step: int) -> int:
+        """The most tokens that a head of the layer keeps after the step."""
+        return schedule.starts[step + 1]
+
     def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
         """The head groups of a layer: inside one, all heads keep equally many tokens."""
         return [slice(0, schedule.heads)]
@@ -120,6 +143,12 @@ class KVPolicy:
     def stored(self, candidates: Candidates) -> Tensor | None:
         """Indices of the keys that stay for later steps, likewise, of those that were attended; never asked last."""
         return None
+
+
+def check_budget(tokens: int, least: int, why: str) -> None:
+    """Raise ConfigError where a budget has no room for what always stays."""
+    if tokens < least:
+        raise ConfigError(f"A budget of {tokens} tokens is too small: {why} need {least}.")
 
 
 def budget_from_ratio(schedule: Schedule, ratio: float, of: Literal["stored", "all"] = "stored") -> int:

@@ -1,0 +1,1 @@
+"""The key-value cache, its policies (one a file), and calibration."""

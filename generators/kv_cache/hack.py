@@ -1,0 +1,145 @@
+"""Two kinds of heads, two ways to forget: HACK, head-aware cache compression for VAR (2504.09261, AAAI-26).
+
+A *contextual* head's queries all look at the same few tokens (vertical stripes in the attention map); a *structural*
+head's look at their own places in every scale (diagonals). The variance of each key's attention over the queries,
+summed over the keys, tells them apart; the kind belongs to the model, not to the picture, so it is found once
+(`vtc.generators.kv_cache.calibration`). Contextual heads then live with a fraction of what structural ones need.
+
+    contextual   the keys with the most attention, of all scales; at the last step the rest is merged into them
+    structural   the first two scales, the newest, and of those between the keys with the most attention
+
+There is no published code. The classes' sizes, the split of the budget, what is merged how, and what happens where the
+newest scale alone is over budget are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtc.errors import ConfigError
+from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
+from vtc.generators.kv_cache.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class HACK(KVPolicy):
+    """Budgets are means over all heads, in tokens; None: no limit of that kind.
+
+    contextual: the numbers of each layer's contextual heads, from a calibration; the others are structural.
+    tokens: what is stored for later steps.
+    attention: what a step attends to, its own keys included; the rest is dropped before the attention, which saves
+        time too. HACK's published rates are of this kind: 1 - rho of the last step's keys.
+    contextual_share: a contextual head's budget over the mean; structural heads get what that leaves.
+    queries: attention is read from so many of a step's queries, evenly spaced.
+    initial: scales at the start that structural heads never drop.
+    merge: at the last step contextual heads average what they drop into what they keep.
+    """
+
+    contextual: tuple[tuple[int, ...], ...]
+    tokens: int | None = None
+    attention: int | None = None
+    contextual_share: float = 1 / 3
+    queries: int = 32
+    initial: int = 2
+    merge: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.attention is None:
+            raise ConfigError("HACK needs a budget: tokens that are stored, or that a step attends to.")
+        if not 0 < self.contextual_share <= 1 or self.queries < 1:
+            raise ConfigError(f"HACK takes a contextual share up to 1 and at least one query, not "
+                              f"{self.contextual_share} and {self.queries}.")
+
+    def check(self, schedule: Schedule) -> None:
+        if schedule.raster:
+            raise ConfigError("HACK tells heads apart by how they see scales, and a raster model has none.")
+        if len(self.contextual) != schedule.layers or any(not 0 <= h < schedule.heads for hs in self.contextual
+                                                          for h in hs):
+            raise ConfigError(f"HACK's heads do not fit {schedule.layers} layers of {schedule.heads} heads: calibrate "
+                              "on this model.")
+        least = schedule.starts[min(self.initial, schedule.steps)] + 1
+        for budget in (self.tokens, self.attention):
+            if budget is not None and self.of_kind(budget, False, schedule) < least:
+                raise ConfigError(f"A mean budget of {budget} tokens leaves structural heads no room for the first "
+                                  f"{self.initial} scales, {least - 1} tokens.")
+
+    def of_kind(self, mean: int, contextual: bool, schedule: Schedule) -> int:
+        """A head's budget when the mean over all heads is `mean`."""
+        of_contextual = max(1, int(self.contextual_share * mean))
+        if contextual:
+            return of_contextual
+        total = schedule.layers * schedule.heads
+        count = sum(map(len, self.contextual))
+        return mean if count == total else int((mean * total - of_contextual * count) / (total - count))
+
+    def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
+        contextual = sorted(self.contextual[layer])
+        structural = [h for h in range(schedule.heads) if h not in contextual]
+        return [_as_slice(kind) for kind in (contextual, structural) if kind]
+
+    def budget(self, schedule: Schedule, layer: int, step: int) -> int:
+        limits = [self.of_kind(b, False, schedule) for b in (self.tokens, self.attention) if b is not None]
+        return min(*limits, schedule.starts[step + 1])
+
+    def attended(self, candidates: Candidates) -> Tensor | Merged | None:
+        chosen = self._choose(candidates, self.attention)
+        if chosen is None or not (candidates.last and self.merge and self._is_contextual(candidates)):
+            return chosen
+        return merge_into(candidates.k, candidates.v, chosen)
+
+    def stored(self, candidates: Candidates) -> Tensor | None:
+        return self._choose(candidates, self.tokens)
+
+    def _choose(self, candidates: Candidates, mean: int | None) -> Tensor | None:
+        if mean is None:
+            return None
+        contextual = self._is_contextual(candidates)
+        budget = self.of_kind(mean, contextual, candidates.schedule)
+        if candidates.count <= budget:
+            return None
+        scores = candidates.attention(candidates.spaced_queries(self.queries)).sum(2)
+        if contextual:
+            return candidates.top(scores, budget)
+        return structural_choice(candidates, scores, budget, self.initial)
+
+    def _is_contextual(self, candidates: Candidates) -> bool:
+        heads = candidates.heads
+        first = heads.start if isinstance(heads, slice) else int(heads[0])
+        return first in self.contextual[candidates.layer]
+
+
+def structural_choice(candidates: Candidates, scores: Tensor, budget: int, initial: int) -> Tensor:
+    """Indices (B, h, budget): the first `initial` scales, the newest, and the best of those between.
+
+    Where the newest does not fit beside the first, its own best. scores: (B, h, n).
+    """
+    steps = candidates.steps.expand_as(scores)
+    first, newest = steps < initial, steps == candidates.step
+    if int((first | newest).sum(-1).max()) <= budget:
+        return candidates.top(scores, budget, first | newest)
+    return candidates.top(scores.masked_fill(~newest, -torch.inf), budget, first)
+
+
+def merge_into(k: Tensor, v: Tensor, kept: Tensor) -> Merged:
+    """Each dropped pair joins the kept one whose key is most like its own; the joined ones are averaged.
+
+    k, v: (B, h, n, D). kept: (B, h, m) indices.
+    """
+    dropped = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device).scatter(2, kept, False)
+    at = kept[..., None].expand(-1, -1, -1, k.shape[3])
+    k_kept, v_kept = k.gather(2, at), v.gather(2, at)
+    nearest = (k @ k_kept.transpose(2, 3)).argmax(-1)
+    weight = dropped.to(k.dtype)[..., None]
+    into = nearest[..., None].expand_as(k)
+    counts = 1 + weight.new_zeros(*kept.shape, 1).scatter_add(2, nearest[..., None], weight)
+    return Merged(k_kept.scatter_add(2, into, k * weight) / counts, v_kept.scatter_add(2, into, v * weight) / counts)
+
+
+def _as_slice(heads: list[int]) -> Heads:
+    """Neighbours as a slice, which copies nothing (`permute_heads` of a model makes them neighbours)."""
+    if heads == list(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    return torch.tensor(heads)

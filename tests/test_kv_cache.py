@@ -1,0 +1,404 @@
+"""Every policy over every model: budgets, duplicates, bytes, nothing lost at full budget; and the references."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.fixtures import Fixture
+from tests.kv_models import MODELS, POLICIES, PYRAMIDS_ONLY, Tiny
+from tests.shared import needs_shared
+from vtc.errors import ConfigError, FileError, ModelError
+from vtc.generators.kv_cache.cache import KVCache
+from vtc.generators.kv_cache.calibration import Calibration, Recorder
+from vtc.generators.kv_cache.h2o import H2O
+from vtc.generators.kv_cache.hack import HACK, merge_into, structural_choice
+from vtc.generators.kv_cache.heatkv import HeatKV
+from vtc.generators.kv_cache.policy import Candidates, budget_from_ratio
+from vtc.generators.kv_cache.scalekv import ScaleKV, pooled_on_maps, upstream_selection, upstream_window_of
+from vtc.generators.kv_cache.schedule import Schedule
+from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
+from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
+from vtc.generators.kv_cache.storage import TokenBuffer
+from vtc.generators.kv_cache.wrappers import AdaptiveHeads, PerLayer, head_budgets
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Tiny]:
+    return {name: make() for name, make in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def full_logits(tiny: dict[str, Tiny]) -> dict[str, Tensor]:
+    return {name: model.run(KVCache(model.schedule)) for name, model in tiny.items()}
+
+
+def watched(cache: KVCache) -> list[tuple[int, int, list[int]]]:
+    """Makes the cache tell (layer, step, tokens of each head) after each call; no head may have a token twice."""
+    heard: list[tuple[int, int, list[int]]] = []
+    attend = cache.attend
+
+    def listening(q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
+        out = attend(q, k, v, layer, step)
+        for group in cache.groups[layer]:
+            if group.tokens is not None:
+                assert group.tokens.shape[-1] == group.k.length == group.v.length
+                assert (group.tokens.diff(dim=-1) > 0).all()  # ascending, so no duplicates
+                assert group.tokens.max() < cache.schedule.starts[step + 1]
+        heard.append((layer, step, cache.kept(layer)))
+        return out
+
+    cache.attend = listening  # type: ignore[method-assign]
+    return heard
+
+
+cases = pytest.mark.parametrize(("model", "policy"), [(m, p) for m in MODELS for p in POLICIES
+                                                      if m != "llamagen" or p not in PYRAMIDS_ONLY])
+
+
+@cases
+@pytest.mark.parametrize("halves", [False, True])
+def test_no_head_ever_keeps_more_than_its_budget(model: str, policy: str, halves: bool, tiny: dict[str, Tiny],
+                                                 full_logits: dict[str, Tensor]) -> None:
+    schedule = tiny[model].schedule
+    mean = 15
+    cache = KVCache(schedule, POLICIES[policy](schedule, mean), batch_halves=halves)
+    heard = watched(cache)
+    logits = tiny[model].run(cache)
+    assert len(heard) == schedule.steps * schedule.layers
+    for layer, step, kept in heard:
+        if step < schedule.steps - 1:
+            assert max(kept) <= cache.policy.budget(schedule, layer, step)
+    if policy != "full":
+        assert sum(sum(cache.kept(i)) for i in range(schedule.layers)) < schedule.stored_tokens * schedule.layers * 4
+        assert not torch.allclose(logits, full_logits[model], atol=1e-3)  # what was dropped mattered
+    if policy not in ("full", "sliding"):
+        for step in range(schedule.steps - 1):
+            kept_at = [k for layer, s, kept in heard if s == step for k in kept]
+            assert sum(kept_at) / len(kept_at) <= (mean + 8 if policy == "hack-attention" else mean)
+    width = schedule.head_dim * 4 * logits.shape[0] * (1 if model == "llamagen" else 2 if model == "infinity" else 1)
+    assert cache.nbytes() == sum(2 * width * k for i in range(schedule.layers) for k in cache.kept(i))
+    if halves and policy not in ("full", "sliding", "streaming", "heatkv", "per-layer", "scalekv-upstream"):
+        tokens = cache.groups[-1][0].tokens
+        assert tokens is not None
+        assert torch.equal(*tokens.chunk(2)) or tokens.shape[0] == 1
+
+
+@cases
+def test_a_budget_of_everything_changes_nothing(model: str, policy: str, tiny: dict[str, Tiny],
+                                                full_logits: dict[str, Tensor]) -> None:
+    schedule = tiny[model].schedule
+    cache = KVCache(schedule, POLICIES[policy](schedule, schedule.stored_tokens))
+    torch.testing.assert_close(tiny[model].run(cache), full_logits[model], rtol=1e-5, atol=1e-5)
+    assert cache.kept(0) == [schedule.stored_tokens] * 4
+
+
+@pytest.mark.parametrize("policy", PYRAMIDS_ONLY)
+def test_policies_of_scales_refuse_a_raster_model_and_say_why(policy: str, tiny: dict[str, Tiny]) -> None:
+    with pytest.raises(ConfigError, match="raster model has none"):
+        KVCache(tiny["llamagen"].schedule, POLICIES[policy](tiny["var"].schedule, 15))
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "hack", "heatkv"])
+@pytest.mark.parametrize("storage", [torch.bfloat16, "int8"])
+def test_storage_goes_with_any_policy(policy: str, storage: Any, tiny: dict[str, Tiny],
+                                      full_logits: dict[str, Tensor]) -> None:
+    schedule = tiny["var"].schedule
+    exact = KVCache(schedule, POLICIES[policy](schedule, 15))
+    small = KVCache(schedule, POLICIES[policy](schedule, 15), storage)
+    a, b = tiny["var"].run(exact), tiny["var"].run(small)
+    assert small.kept(0) == exact.kept(0)
+    head = schedule.head_dim
+    assert small.nbytes() * 4 * head == exact.nbytes() * (2 * head if storage != "int8" else head + 2)
+    assert 0 < (a - b).abs().mean() < 0.15 * full_logits["var"].std()
+
+
+def candidates(q: Tensor, k: Tensor, sizes: tuple[tuple[int, int], ...], step: int, tokens: Tensor | None = None,
+               **more: Any) -> Candidates:
+    schedule = Schedule(sizes, 1, q.shape[1], q.shape[3], **more)
+    tokens = torch.arange(k.shape[2])[None, None] if tokens is None else tokens
+    return Candidates(schedule, 0, step, slice(0, q.shape[1]), q, k, k, tokens, q.shape[2])
+
+
+# ---- references
+
+
+@needs_shared("fixtures", "kv_spec_reference.safetensors")
+def test_hack_against_the_reference() -> None:
+    found = Fixture("kv_spec_reference")
+    facts = found.facts["meta"]["hack"]
+    sizes = tuple((round(n**0.5), round(n**0.5)) for n in facts["sizes"])
+    a = found["A"]  # (layers, heads, queries, keys); as q k^T: q the unit vectors, k the logarithms
+    q = torch.eye(a.shape[2]).expand(a.shape[0], a.shape[1], -1, -1)
+    seen = candidates(q, a.clamp(min=1e-30).log().transpose(2, 3), sizes, len(sizes) - 1)
+    torch.testing.assert_close(seen.attention(), a, rtol=0, atol=1e-6)
+    assert torch.equal(seen.spaced_queries(facts["N_obs"]), found["hack.query_idx"])
+    scores = seen.attention(seen.spaced_queries(facts["N_obs"])).sum(2)
+    torch.testing.assert_close(scores, found["hack.score"], rtol=0, atol=1e-6)
+    assert torch.equal(seen.top(found["hack.score"], facts["B_C"]), found["hack.kept_contextual"])
+    assert torch.equal(structural_choice(seen, found["hack.score"], facts["B_S"], 2), found["hack.kept_structural"])
+    flat = Calibration(found["hack.var"], torch.zeros(3, 5), torch.zeros(3, 4, 5), sizes, "", 1)
+    expected = [tuple(row.nonzero()[:, 0].tolist()) for row in found["hack.is_contextual"].bool()]
+    assert flat.contextual(facts["alpha"]) == tuple(expected)
+
+
+@needs_shared("fixtures", "kv_spec_reference.safetensors")
+def test_the_recorder_measures_the_references_statistics() -> None:
+    found = Fixture("kv_spec_reference")
+    a, sizes = found["A"], ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))
+    q = torch.eye(a.shape[2]).expand(1, a.shape[1], -1, -1)
+    schedule = Schedule(sizes, a.shape[0], a.shape[1], a.shape[2])
+    recorder = Recorder(guided=False)
+    cache = KVCache(schedule, recorder)
+    keys = a.clamp(min=1e-30).log().transpose(2, 3)[:, None]
+    for layer in range(a.shape[0]):
+        for step in range(5):
+            here = slice(schedule.starts[step], schedule.starts[step + 1])
+            k = keys[layer][:, :, here]
+            # Before the last step the queries are the reference's first ones, whatever they then attend to.
+            cache.attend(q[:, :, : schedule.tokens(step)], k, k, layer, step)
+    measured = recorder.calibration(nn.Linear(1, 1))
+    torch.testing.assert_close(measured.variance, found["hack.var"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(measured.selectivity[:, 4], found["scalekv.asi_layer"], rtol=0, atol=1e-6)
+    total = torch.stack([a[..., : schedule.starts[1]].sum(3).mean(2)])
+    assert measured.attention.shape == (3, 4, 5)
+    assert (measured.attention[..., 0] > total[0] / 4 - 1e-6).all()
+    assert not measured.attention[..., 4].any()
+
+
+@needs_shared("fixtures", "kv_spec_reference.safetensors")
+def test_scalekv_against_the_reference() -> None:
+    found = Fixture("kv_spec_reference")
+    facts = found.facts["meta"]["scalekv"]
+    index = found["scalekv.asi_LK"]
+    # The reference's five scales all have a history; ours have a first one without.
+    padded = torch.cat([torch.zeros(8, 1), index], 1)
+    calibration = Calibration(torch.zeros(8, 2), padded, torch.zeros(8, 2, 6), ((1, 1),) * 6, "", 1)
+    expected = [tuple(column.nonzero()[:, 0].tolist()) for column in found["scalekv.is_drafter"].bool().T]
+    assert calibration.drafters(facts["N_d"]) == ((), *expected)
+    # Five scales of 1000 tokens each, so that no limit but the budget's shows.
+    schedule = Schedule(((1000, 1),) * 6, 8, 2, 4)
+    policy = ScaleKV((*expected, ()), facts["B_uniform"], facts["B_r0"], facts["delta"])
+    for b in facts["budgets"]:
+        drafter, refiner = policy.budgets(schedule, b["scale"])
+        assert refiner == b["refiner"]
+        assert drafter == min(int(b["drafter"]), schedule.starts[b["scale"] + 1])
+
+
+@needs_shared("fixtures", "scalekv_select.safetensors")
+def test_scalekv_compat_selects_what_upstream_selects() -> None:
+    found = Fixture("scalekv_select")
+    cases = {case["case"]: case for case in found.facts["cases"]}
+    for name, case in cases.items():
+        if name.startswith("window."):
+            side = round(case["tokens"] ** 0.5)
+            window = upstream_window_of(side, side, case.get("window", 16)) + case["start"]
+            recent = found[name][-case["tokens"] :].long()  # where there are fewer, upstream also takes older tokens
+            assert torch.equal(window, recent), name
+        else:
+            side = round(case["query_len"] ** 0.5)
+            kept = upstream_selection(found[f"{name}.q"].float(), found[f"{name}.k"].float(),
+                                      upstream_window_of(side, side, case["window"]), case["max_capacity"],
+                                      case["kernel_size"], "max" if case["pooling"] == "maxpool" else "average")
+            assert torch.equal(kept, found[f"{name}.kept"].long()), name
+
+
+@needs_shared("fixtures", "scalekv_select.json")
+def test_budgets_solved_from_the_mean_are_the_released_ones() -> None:
+    released = Fixture("scalekv_select").facts["released_budgets"]
+    tokens = Fixture("scalekv_select").facts["scale_tokens"]
+    schedule = Schedule(tuple((n, 1) for n in tokens), 40, 2, 4)
+    for label, facts in released["8b"].items():
+        step = int(label.split()[1]) - 2  # "Scale 9" is what scale 9 finds: after the eighth, number 7
+        drafters = tuple(tuple(facts["drafters"]) if i == step else () for i in range(13))
+        drafter, refiner = ScaleKV(drafters, 650).budgets(schedule, step)
+        # Released drafters keep a little less than everything; ours everything, the refiners what that leaves.
+        assert abs(drafter - facts["drafter_tokens"]) <= 0.04 * drafter
+        assert abs(refiner - facts["refiner_tokens"]) <= 14
+        assert 649 <= (3 * drafter + 37 * refiner) / 40 <= 650
+
+
+def test_heatkv_drops_the_slices_of_the_least_interested_heads() -> None:
+    schedule = Schedule(((1, 1), (2, 2), (3, 3), (4, 4), (5, 5)), 1, 4, 2)
+    scores = tuple(tuple(float((h * 3 + s * 2) % 4) for s in range(5)) for h in range(4))
+    policy = HeatKV((scores,), 10, protected=2)
+    cache = KVCache(schedule, policy)
+    x = torch.randn(1, 4, 30, 2)
+    for step in range(4):
+        part = x[:, :, : schedule.tokens(step)]
+        cache.attend(part, part, part, 0, step)
+        if step == 2:  # 14 tokens, of which 5 are safe: ceil(4 * 4 / 9) = 2 heads lose the third scale
+            assert policy.losers(schedule, 2) == 2
+            order = sorted(range(4), key=lambda h: scores[h][2])
+            assert [cache.kept(0)[h] for h in order] == [5, 5, 14, 14]
+    assert sum(cache.kept(0)) / 4 <= 10
+
+
+# ---- single parts
+
+
+def test_h2o_scores_are_the_attention_received_so_far() -> None:
+    torch.manual_seed(0)
+    schedule = Schedule(((1, 1), (2, 2), (3, 3), (2, 2)), 1, 2, 4)
+    cache = KVCache(schedule, H2O(100, queries=99))
+    received = torch.zeros(1, 2, 18)
+    keys = torch.zeros(1, 2, 0, 4)
+    for step in range(3):
+        q, k = torch.randn(2, 1, 2, schedule.tokens(step), 4)
+        keys = torch.cat([keys, k], 2)
+        cache.attend(q, k, k, 0, step)
+        received[..., : keys.shape[2]] += (q @ keys.transpose(2, 3)).softmax(-1).sum(2)
+    scores = cache.groups[0][0].scores
+    assert scores is not None
+    torch.testing.assert_close(scores, received[..., :14])
+
+
+def test_merging_averages_what_is_alike_and_keeps_the_total() -> None:
+    k = torch.tensor([[[[1.0, 0], [0, 1], [0.9, 0.1], [0.1, 0.8], [1, 0.2]]]])
+    v = torch.arange(5.0).view(1, 1, 5, 1).expand(-1, -1, -1, 2)
+    merged = merge_into(k, v, torch.tensor([[[0, 1]]]))
+    torch.testing.assert_close(merged.v[0, 0, :, 0], torch.tensor([(0 + 2 + 4) / 3, (1 + 3) / 2]))
+    torch.testing.assert_close(merged.k[0, 0, 0], torch.tensor([2.9 / 3, 0.3 / 3]))
+
+
+def test_pooling_on_maps_does_not_run_across_rows_or_scales() -> None:
+    torch.manual_seed(0)
+    sizes = ((1, 1), (2, 3), (4, 5))
+    q, k = torch.randn(1, 1, 20, 2), torch.randn(1, 1, 27, 2)
+    whole = candidates(q, k, sizes, 2)
+    scores = torch.rand(1, 1, 27)
+    pooled = pooled_on_maps(whole, scores, 3)
+    grid = scores[0, 0, 7:].view(4, 5)
+    assert pooled[0, 0, 0] == pytest.approx(scores[0, 0, 0])
+    assert pooled[0, 0, 7 + 4].item() == pytest.approx(grid[:2, 3:].mean().item())
+    assert pooled[0, 0, 7 + 6].item() == pytest.approx(grid[:3, :3].mean().item())
+    some = torch.tensor([0, 2, 3, 7, 8, 13, 25])  # where tokens are missing, the mean is of those that are there
+    part = candidates(q, k[:, :, some], sizes, 2, some[None, None])
+    assert pooled_on_maps(part, scores[..., some], 3)[0, 0, 3].item() == pytest.approx(
+        torch.stack([grid[0, 0], grid[0, 1], grid[1, 1]]).mean().item())
+
+
+def test_pyramid_budgets_are_linear_and_have_the_mean() -> None:
+    schedule = Schedule(((1, 1), (2, 2)), 9, 2, 4)
+    policy = PyramidKV(216, window=16)
+    budgets = [policy.layer_tokens(schedule, layer) for layer in range(9)]
+    assert budgets[0] == 16 + 390
+    assert budgets[-1] == 16 + 10
+    assert sum(budgets) / 9 == pytest.approx(216, abs=1)
+    assert all(abs(2 * b - a - c) <= 1 for a, b, c in zip(budgets, budgets[1:], budgets[2:], strict=False))
+
+
+def test_head_budgets_have_few_sizes_and_the_mean() -> None:
+    need = torch.rand(6, 12, generator=torch.Generator().manual_seed(0)) + 0.1
+    budgets = torch.tensor(head_budgets(need, 100, 20))
+    assert max(len(set(row)) for row in budgets.tolist()) <= 4
+    assert 99 <= budgets.float().mean() <= 100
+    assert budgets.min() >= 20
+    assert (budgets.gather(1, need.argsort(1)).diff(dim=1) >= 0).all()
+
+
+def test_the_buffer_grows_takes_and_stores_small() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 10, 4)
+    buffer = TokenBuffer()
+    for part in x.split([1, 4, 5], 2):
+        buffer.append(part)
+    assert torch.equal(buffer.read(torch.float32), x)
+    buffer.take(torch.tensor([1, 4, 9]))
+    assert torch.equal(buffer.read(torch.float32), x[:, :, [1, 4, 9]])
+    assert buffer.nbytes == 2 * 3 * 3 * 4 * 4
+    small = TokenBuffer("int8")
+    small.append(x)
+    error = (small.read(torch.float32) - x).abs()
+    assert (error <= x.abs().amax(-1, keepdim=True) / 127 * 0.51).all()
+    assert small.nbytes == 2 * 3 * 10 * (4 + 2)
+
+
+def test_a_budget_is_a_share_of_what_it_says() -> None:
+    schedule = Schedule(((1, 1), (3, 3), (9, 9)), 1, 1, 1)
+    assert budget_from_ratio(schedule, 0.5) == 5
+    assert budget_from_ratio(schedule, 0.5, of="all") == 46
+    with pytest.raises(ConfigError, match="above 0 and up to 1"):
+        budget_from_ratio(schedule, 1.5)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: StreamingLLM(3, 4), lambda: SlidingScales(0), lambda: H2O(0), lambda: H2O(5, recent=2), lambda: SnapKV(8),
+    lambda: SnapKV(32, pool=4), lambda: PyramidKV(32, beta=0.5), lambda: HACK(((0,),)),
+    lambda: HACK(((0,),), 9, contextual_share=0), lambda: ScaleKV(((),), 8), lambda: ScaleKV(((),), 32, pool=2),
+    lambda: AdaptiveHeads(SlidingScales(), ((1,),)), lambda: AdaptiveHeads(SnapKV(20), ((20, 3),))])
+def test_impossible_hyper_parameters_are_refused(make: Any) -> None:
+    with pytest.raises(ConfigError):
+        make()
+
+
+def test_misfits_of_policy_and_model_are_refused(tiny: dict[str, Tiny]) -> None:
+    schedule = tiny["var"].schedule
+    for policy, why in ((HACK(((0,),), 20), "do not fit"), (HACK(((0,), (0,), (0,)), 3), "no room for the first"),
+                        (ScaleKV(((),), 20), "do not fit"), (PerLayer((H2O(5),)), "1 policies do not fit"),
+                        (AdaptiveHeads(H2O(5), ((5,),)), "do not fit"), (HeatKV((((1.0,),),), 20), "calibrate"),
+                        (replace(POLICIES["heatkv"](schedule, 20), tokens=2), "too small")):  # type: ignore[type-var]
+        with pytest.raises(ConfigError, match=why):
+            KVCache(schedule, policy)
+    with pytest.raises(ConfigError, match="Step 0 has"):
+        KVCache(schedule).attend(*torch.zeros(3, 1, 4, 2, 8), 0, 0)
+    with pytest.raises(ConfigError, match="does not come back"):
+        KVCache(schedule, StreamingLLM(9)).truncate(1)
+
+
+# ---- calibration
+
+
+def test_a_calibration_goes_with_its_model_only(tmp_path: Path, tiny: dict[str, Tiny]) -> None:
+    recorder, model = Recorder(), nn.Linear(3, 3)
+    tiny["var"].run(KVCache(tiny["var"].schedule, recorder))
+    tiny["var"].run(KVCache(tiny["var"].schedule, recorder))
+    measured = recorder.calibration(model)
+    assert measured.samples == 4
+    path = tmp_path / "a.kv.safetensors"
+    measured.save(path)
+    again = Calibration.load(path, model)
+    assert again.sizes == tiny["var"].schedule.sizes
+    assert all(torch.equal(getattr(again, n), getattr(measured, n)) for n in ("variance", "selectivity", "attention"))
+    for policy in (again.hack(12), again.hack(attention=30), again.scalekv(20), again.heatkv(20)):
+        tiny["var"].run(KVCache(tiny["var"].schedule, policy))
+    with pytest.raises(ModelError, match="measured on another model"):
+        Calibration.load(path, nn.Linear(3, 3))
+    with pytest.raises(FileError, match="no file"):
+        Calibration.load(tmp_path / "b", model)
+    (tmp_path / "c").write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ModelError, match="cannot be read"):
+        Calibration.load(tmp_path / "c", model)
+    with pytest.raises(ConfigError, match="Nothing was recorded"):
+        Recorder().calibration(model)
+    with pytest.raises(ConfigError, match="raster"):
+        KVCache(tiny["llamagen"].schedule, Recorder())
+
+
+def test_recording_changes_nothing_and_its_attention_is_the_models(tiny: dict[str, Tiny],
+                                                                   full_logits: dict[str, Tensor]) -> None:
+    recorder = Recorder()
+    logits = tiny["var"].run(KVCache(tiny["var"].schedule, recorder))
+    assert torch.equal(logits, full_logits["var"])
+    measured = recorder.calibration(nn.Linear(1, 1))
+    assert (measured.attention[..., :-1] > 0).all()
+    assert (measured.attention.sum(2) < 1).all()
+    order = measured.head_order(0.5)
+    contextual = measured.contextual(0.5)
+    assert sum(map(len, contextual)) == 6
+    for row, kind in zip(order.tolist(), contextual, strict=True):
+        assert sorted(row) == [0, 1, 2, 3]
+        assert tuple(row[: len(kind)]) == kind
+
+
+def test_softmax_scale_is_that_of_the_attention() -> None:
+    q, k = torch.randn(2, 1, 2, 4, 8)
+    seen = candidates(q, k, ((2, 2),), 0, softmax_scale=8**-0.5)
+    out = F.scaled_dot_product_attention(q, k, k)
+    torch.testing.assert_close(seen.attention() @ k, out)
