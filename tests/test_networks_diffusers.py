@@ -18,6 +18,7 @@ from vtc.tokenizers.diffusers_adapters import (
     Latents,
     VQModel,
 )
+from vtc.tokenizers.layers import GroupNorm
 
 FIXTURES = needs_shared("fixtures")
 BLOCKS: dict[str, Any] = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
@@ -69,7 +70,8 @@ def test_autoencoders_equal_diffusers(name):
     encoded = adapter.encode(x * 0.5 + 0.5).values / adapter.scale + adapter.shift
     torch.testing.assert_close(encoded, mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(adapter.decode(scaled), (fixture["y"] * 0.5 + 0.5).clamp(0, 1), atol=1e-5, rtol=1e-4)
-    adapter.enable_tiling(64 if case["class"] == "AutoencoderDC" else 32)  # the fixture's tiles
+    with pytest.warns(RuntimeWarning, match="DiffusersAutoencoder is not local"):
+        adapter.enable_tiling(64 if case["class"] == "AutoencoderDC" else 32)  # the fixture's tiles
     encoded = adapter.encode(x * 0.5 + 0.5).values / adapter.scale + adapter.shift
     torch.testing.assert_close(encoded, fixture["z_tiled"], atol=1e-5, rtol=1e-4)
     tiled = (fixture["y_tiled"] * 0.5 + 0.5).clamp(0, 1)
@@ -105,6 +107,47 @@ def make(kind: str) -> Any:
     return AUTOENCODERS[kind](**BLOCKS)
 
 
+#: as many norm groups as channels: one value a group on a latent of one token
+ONE_A_GROUP: dict[str, Any] = {**BLOCKS, "block_out_channels": (32, 32), "norm_num_groups": 32}
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "ScaleConsistentVAE", "AutoencoderDC"])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_picture_of_one_latent_is_finite(kind, training):
+    model = make(kind) if kind == "AutoencoderDC" else AUTOENCODERS[kind](**ONE_A_GROUP)
+    adapter = DiffusersAutoencoder(model).train(training)
+    latents = adapter.encode(torch.rand(1, 3, 1, 1))
+    assert latents.values.shape[-2:] == (1, 1)
+    output = adapter.decode(latents)
+    assert output.shape == (1, 3, 1, 1) and output.isfinite().all()
+    images = torch.rand(1, 3, adapter.downsample, adapter.downsample, requires_grad=True)
+    model(images * 2 - 1).sample.square().sum().backward()  # diffusers' own forward
+    assert images.grad is not None and images.grad.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_one_picture_of_one_token_is_finite(training):
+    tokenizer = DiffusersVQ({**ONE_A_GROUP, "latent_channels": 4, "num_vq_embeddings": 16}).train(training)
+    images = torch.rand(1, 3, 1, 1)
+    assert tokenizer.decode(tokenizer.encode(images)).isfinite().all()
+    reconstruction, quantized = tokenizer(images)
+    (reconstruction.square().sum() + quantized.loss).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in tokenizer.parameters())
+
+
+def test_group_norms_are_mended_in_place_and_alike():
+    model = AutoencoderKL(**BLOCKS).eval()
+    z, names = torch.randn(2, 4, 4, 4), list(model.state_dict())
+    with torch.no_grad():
+        before = model.decode(z).sample
+        adapter = DiffusersAutoencoder(model)
+        assert torch.equal(adapter.model.decode(z).sample, before)
+    assert list(model.state_dict()) == names
+    kinds = {type(m) for m in model.modules() if isinstance(m, torch.nn.GroupNorm)}
+    assert kinds == {GroupNorm}
+
+
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 12)])
 def test_vq_tokens_of_any_size(height, width):
     tokenizer = vq()
@@ -120,9 +163,11 @@ def test_tiles_are_honoured_and_their_error_told(kind):
     images = torch.rand(1, 3, 32, 48)
     latents = adapter.encode(images)
     whole = adapter.decode(latents)
-    adapter.enable_tiling(64)
+    with pytest.warns(RuntimeWarning, match="not local.* change its result"):
+        adapter.enable_tiling(64)
     assert adapter.tiling_error(latents) == 0
-    adapter.enable_tiling(16, 0.25)
+    with pytest.warns(RuntimeWarning, match="not local"):
+        adapter.enable_tiling(16, 0.25)
     tiled = adapter.decode(latents)
     assert tiled.shape == whole.shape
     assert adapter.tiling_error(latents) == pytest.approx(float((tiled - whole).abs().max())) != 0
@@ -133,6 +178,29 @@ def test_tiles_are_honoured_and_their_error_told(kind):
         adapter.enable_tiling(17)
     with pytest.raises(ConfigError, match="whole latents"):
         adapter.enable_tiling(16, 0.3)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "ScaleConsistentVAE", "AutoencoderDC"])
+def test_slices_equal_the_batch(kind):
+    adapter = DiffusersAutoencoder(make(kind))
+    images = torch.rand(3, 3, 13, 18)
+    latents = adapter.encode(images)
+    output = adapter.decode(latents)
+    adapter.enable_slicing()
+    torch.testing.assert_close(adapter.encode(images).values, latents.values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(adapter.decode(latents), output, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:DiffusersAutoencoder is not local")
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "ScaleConsistentVAE", "AutoencoderDC"])
+def test_tiles_and_slices_of_any_size_come_back_at_their_size(kind):
+    adapter = DiffusersAutoencoder(make(kind))
+    adapter.enable_tiling(8, 0.5)
+    adapter.enable_slicing()
+    for height, width in ((1, 1), (9, 22), (16, 8), (33, 3)):
+        images = torch.rand(2, 3, height, width)
+        output = adapter.decode(adapter.encode(images))
+        assert output.shape == images.shape and output.isfinite().all()
 
 
 def test_overflow_in_half_precision_is_repaired_and_damage_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -66,7 +67,8 @@ def test_stride_one_is_diffusers_autoencoder(name):
     posterior = model.encode(fixture["x"]).latent_dist
     torch.testing.assert_close(posterior.mean, fixture["mean"], **TOLERANCE)
     torch.testing.assert_close(model.decode(fixture["z"]).sample, fixture["y"], **TOLERANCE)
-    model.enable_tiling()
+    with pytest.warns(RuntimeWarning, match="ScaleConsistentVAE is not local"):
+        model.enable_tiling()
     torch.testing.assert_close(model.encode(fixture["x"]).latent_dist.mode(), fixture["z_tiled"], **TOLERANCE)
     torch.testing.assert_close(model.decode(fixture["z"]).sample, fixture["y_tiled"], **TOLERANCE)
 
@@ -113,9 +115,11 @@ def test_tiles_are_the_decoded_parts_blended(alignment):
     model = small(alignment=alignment)
     z = torch.randn(1, 4, 6, 10)
     whole = model.decode(z).sample
-    model.enable_tiling(tile=128)
+    with pytest.warns(RuntimeWarning, match="ScaleConsistentVAE is not local"):
+        model.enable_tiling(tile=128)
     assert model.tiling_error(z) == 0  # all in one tile
-    model.enable_tiling(tile=32, overlap=0.5)  # 4 latents, 2 in common
+    with pytest.warns(RuntimeWarning, match="ScaleConsistentVAE is not local"):
+        model.enable_tiling(tile=32, overlap=0.5)  # 4 latents, 2 in common
     tiled = model.decode(z).sample
     assert tiled.shape == whole.shape
     left, right = (model.decoder(model.post_quant_conv(z[..., :4, x : x + 4])) for x in (0, 2))
@@ -128,6 +132,35 @@ def test_tiles_are_the_decoded_parts_blended(alignment):
     assert model.encode(images).latent_dist.mode().shape == (1, 4, 6, 10)
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_one_latent_of_one_value_a_group_is_finite(stride, training):
+    model = small(block_out_channels=(32, 32, 32), norm_num_groups=32, stride=stride).train(training)
+    assert not model.is_local
+    side = model.downsample
+    images = (torch.rand(1, 3, side, side) * 2 - 1).requires_grad_(True)
+    posterior = model.encode(images).latent_dist
+    assert posterior.mean.shape[-2:] == (1, 1)
+    sample = model.decode(posterior.mode()).sample
+    assert sample.shape == images.shape and sample.isfinite().all()
+    sample.square().sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all()
+
+
+@torch.no_grad()
+def test_tiles_are_turned_off_again():
+    model = small()
+    z = torch.randn(1, 4, 6, 10)
+    whole = model.decode(z).sample
+    with pytest.warns(RuntimeWarning, match="not local"):
+        model.enable_tiling(tile=32)
+    assert not torch.equal(model.decode(z).sample, whole)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.disable_tiling()
+    assert torch.equal(model.decode(z).sample, whole)
+
+
 def test_wrong_settings_say_so():
     with pytest.raises(ConfigError, match="stride"):
         small(stride=3)
@@ -136,8 +169,9 @@ def test_wrong_settings_say_so():
     model = small()
     with pytest.raises(ConfigError, match="multiple of 8"):
         model.enable_tiling(tile=30)
-    with pytest.raises(ConfigError, match="whole latents"):
-        model.enable_tiling(tile=32, overlap=0.4)
+    for tile, overlap in ((32, 0.4), (8, 0.99), (32, 1.0), (32, -0.25)):
+        with pytest.raises(ConfigError, match="whole latents"):
+            model.enable_tiling(tile=tile, overlap=overlap)
 
 
 def test_weights_of_autoencoderkl_load_both_ways(tmp_path):

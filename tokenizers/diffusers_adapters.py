@@ -205,7 +205,7 @@ class DiffusersAutoencoder(nn.Module, PretrainedMixin):
         common = round(latent * overlap)
         if tile % f or latent < 1:
             raise ConfigError(f"A tile's side is a multiple of {f} pixels, not {tile}.")
-        if not 0 <= overlap < 1 or abs(common - latent * overlap) > 1e-6:
+        if not 0 <= overlap < 1 or common == latent or abs(common - latent * overlap) > 1e-6:
             raise ConfigError(f"An overlap of {overlap} does not cut tiles of {latent} latents at whole latents.")
         warn_of_tiles(self)
         stride = (latent - common) * f

@@ -159,6 +159,7 @@ class ScaleConsistentVAE(AutoencoderKL):
         """Work in overlapping tiles that are blended; memory is then bounded by the tile.
 
         A RuntimeWarning says that tiles change the result.
+
         tile: side in pixels, a multiple of `downsample`; by default the config's sample_size.
         overlap: share of a tile that it has in common with the next, 0 to below 1; by default 0.25.
         """
@@ -167,7 +168,8 @@ class ScaleConsistentVAE(AutoencoderKL):
         latent = side // self.downsample
         if side % self.downsample or side < self.downsample:
             raise ConfigError(f"A tile's side is a multiple of {self.downsample} pixels, not {side}.")
-        if not 0 <= share < 1 or int(latent * (1 - share)) * self.downsample != int(side * (1 - share)):
+        step = int(latent * (1 - share))
+        if not 0 <= share < 1 or step < 1 or step * self.downsample != int(side * (1 - share)):
             raise ConfigError(f"An overlap of {share} does not cut tiles of {latent} latents at whole latents.")
         if use_tiling:
             warn_of_tiles(cast(nn.Module, self))
