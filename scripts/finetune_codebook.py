@@ -3,10 +3,10 @@
     accelerate launch scripts/finetune_codebook.py --model localvq-f16-2560 --train_data_dir photographs/ \\
         --validation_data_dir holdout/ --output_dir runs/family
 
-or plain `python`. Clusters the codebook (K-means over its words, weighted by how often they occur), fine-tunes words
-and 1x1 projections with frozen trunks, counts the entropy-coding tables, checks on the validation pictures that LPIPS
-falls and the rate grows with the number of words, and only then writes `family.safetensors` into the model's folder
-(or to --output). A run that was stopped goes on: finished members lie in --output_dir.
+or plain `python`. Clusters the codebook (K-means over its words), fine-tunes how the decoder reads the new words,
+counts the entropy-coding tables, checks on the validation pictures that LPIPS falls and the rate grows with the number
+of words, and only then writes `family.safetensors` into the model's folder (or to --output). A run that was stopped
+goes on: finished members lie in --output_dir.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output_dir", type=Path, required=True, help="for finished members, the log and the report")
     parser.add_argument("--output", type=Path, help=f"the file to make; default {FAMILY} in the model's folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--unweighted", action="store_true", help="all words count alike in K-means, as in the paper")
+    parser.add_argument("--unweighted", action="store_true", help="all words count alike in K-means, as in the paper; "
+                                                                  "default: as often as they occur")
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
     parser.add_argument("--table_images", type=int, help="count the tables on so many pictures, evenly out of the "
                                                          "training folder; default all")
@@ -120,7 +121,8 @@ def tuned_members(args: argparse.Namespace, recipe: CodebookRecipe, base: LocalV
             if accelerator.is_main_process:
                 with (args.output_dir / "train.jsonl").open("a") as stream:
                     stream.writelines(json.dumps({"size": size, "step": i, **row}) + "\n" for i, row in enumerate(log))
-                write_file(finished, save(member.state_dict(), {"identity": identity}))
+                tensors = {name: tensor.contiguous() for name, tensor in member.state_dict().items()}
+                write_file(finished, save(tensors, {"identity": identity}))
             accelerator.wait_for_everyone()
         members[size] = larger = member.eval()
     return members

@@ -57,13 +57,14 @@ class FamilyMembers:
                 metadata = file.metadata() or {}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} cannot be read as safetensors ({error}).") from error
-        if metadata.get("format") != FORMAT:
-            raise ModelError(f"{path} is no family of tokenizers: its format is {metadata.get('format')!r}.")
+        if FORMAT not in metadata:
+            raise ModelError(f"{path} is no family of tokenizers.")
         try:
-            fingerprints = {int(size): str(known) for size, known in json.loads(metadata["fingerprints"]).items()}
+            facts = json.loads(metadata[FORMAT])
+            fingerprints = {int(size): str(known) for size, known in facts["fingerprints"].items()}
             if not fingerprints or min(fingerprints) < 1:
                 raise ValueError("it names no members")
-            return cls(metadata["base"], fingerprints)
+            return cls(str(facts["base"]), fingerprints)
         except (KeyError, ValueError, AttributeError, TypeError) as error:
             raise ModelError(f"{path} is an incomplete family of tokenizers: {error}.") from error
 
@@ -119,8 +120,9 @@ class TokenizerFamily:
     def save(self, path: str | Path) -> None:
         """One safetensors file: tensors "S.name", and the fingerprints as metadata. FileError."""
         tensors = {f"{size}.{name}": t for size, member in sorted(self.members.items()) for name, t in member.items()}
-        metadata = {"format": FORMAT, "base": self.about.base, "fingerprints": json.dumps(self.about.fingerprints)}
-        write_file(path, save(tensors, metadata))
+        # One entry: several would come in any order, and the same family should be the same bytes.
+        facts = {"base": self.about.base, "fingerprints": dict(sorted(self.about.fingerprints.items()))}
+        write_file(path, save(tensors, {FORMAT: json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: str | Path) -> TokenizerFamily:
