@@ -166,6 +166,26 @@ def test_discriminators_without_batch_statistics_judge_each_image_alone(make):
     torch.testing.assert_close(together[1:2], model(images[1:2]), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("make", "least"), [
+    (lambda: PatchGAN(8, 1), (6, 6)), (lambda: PatchGAN(8, 3), (24, 24)), (lambda: PatchGAN(8, 2, "group"), (12, 12)),
+    (lambda: BlurPatchGAN(32, 2), (1, 1)), (lambda: BlurPatchGAN(32, 2, blur=False), (4, 4)),
+    (lambda: SpectralDiscriminator(8, 3), (1, 9))])
+@pytest.mark.parametrize("training", [False, True])
+def test_the_smallest_images_are_judged_and_smaller_ones_refused(make, least, training):
+    torch.manual_seed(0)
+    model = make().train(training)
+    height, width = least
+    images = torch.randn(1, 3, height, width, requires_grad=True)
+    logits = model(images)
+    assert logits.numel() and logits.isfinite().all()
+    logits.sum().backward()
+    assert images.grad is not None and images.grad.isfinite().all()
+    with pytest.raises(ConfigError, match="needs .* pixels, not images of"):
+        model(torch.randn(1, 3, height, width - 1))
+    with pytest.raises(ConfigError, match=r"\(B, 3, H, W\)"):
+        model(torch.randn(3, 64, 64))
+
+
 def test_wrong_settings_say_so():
     with pytest.raises(ConfigError, match="norm"):
         PatchGAN(norm="layer")

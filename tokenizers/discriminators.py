@@ -1,5 +1,6 @@
-"""Networks that tell reconstructions from photographs while a tokenizer trains. Images are in [-1, 1], any size that
-the strides leave something of.
+"""Networks that tell reconstructions from photographs while a tokenizer trains.
+
+Images are in [-1, 1], of any size that the strides leave something of; ConfigError says what that is.
 
 PatchGAN: Isola et al., 1611.07004, as in taming-transformers (VQGAN, WeTok, Open-MAGVIT2, IBQ).
 BlurPatchGAN: MaskBit, Weber et al., 2409.16211; an option of WeTok.
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from vtc.errors import ConfigError
+from vtc.tokenizers.layers import GroupNorm
 
 
 class PatchGAN(nn.Module):
@@ -41,16 +43,27 @@ class PatchGAN(nn.Module):
         layers.append(nn.Conv2d(width, 1, 4, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_start_small)
+        # Each stride halves, rounding down, and each of the two last convolutions takes one off.
+        self.least = 3 * 2**num_layers
 
     def forward(self, images: Tensor) -> Tensor:
+        _check(images, min(images.shape[-2:]) >= self.least, f"PatchGAN needs sides of at least {self.least}")
         return self.main(images)
+
+
+def _check(images: Tensor, enough: bool, need: str) -> None:
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ConfigError(f"A discriminator takes images of shape (B, 3, H, W), not {tuple(images.shape)}.")
+    if not enough:
+        raise ConfigError(f"This {need} pixels, not images of {images.shape[-1]}x{images.shape[-2]}: take larger crops "
+                          "or fewer layers.")
 
 
 def _norm(kind: str, width: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(width)
     if kind == "group":
-        return nn.GroupNorm(max(g for g in range(1, 33) if width % g == 0), width)
+        return GroupNorm(max(g for g in range(1, 33) if width % g == 0), width)
     return nn.Identity()
 
 
@@ -103,11 +116,13 @@ class BlurPatchGAN(nn.Module):
         for i in range(num_stages):
             wider = channels * 2**i
             self.blocks.append(nn.Sequential(nn.Conv2d(width, wider, 3, padding=1), Blur() if blur else nn.AvgPool2d(2),
-                                             nn.GroupNorm(32, wider), nn.LeakyReLU(0.1)))
+                                             GroupNorm(32, wider), nn.LeakyReLU(0.1)))
             width = wider
         self.to_logits = nn.Sequential(nn.Conv2d(width, width, 1), nn.LeakyReLU(0.1), nn.Conv2d(width, 1, 5, padding=2))
+        self.least = 1 if blur else 2**num_stages  # the blur pads, the mean does not
 
     def forward(self, images: Tensor) -> Tensor:
+        _check(images, min(images.shape[-2:]) >= self.least, f"BlurPatchGAN needs sides of at least {self.least}")
         x = self.block_in(images)
         for block in self.blocks:
             x = block(x)
@@ -132,6 +147,10 @@ class SpectralDiscriminator(nn.Module):
             layers.append(nn.LeakyReLU(0.2))
         self.encoder = nn.Sequential(*layers)
         self.shuffle = nn.Conv2d(channels, 1, 1)
+        self.one_place = 2**depth
 
     def forward(self, images: Tensor) -> Tensor:
+        # Instance norm has nothing to compare in a map of one place.
+        _check(images, min(images.shape[-2:]) >= 1 and max(images.shape[-2:]) > self.one_place,
+               f"SpectralDiscriminator needs a side of more than {self.one_place}")
         return self.shuffle(self.encoder(images)).sigmoid()
