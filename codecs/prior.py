@@ -226,7 +226,8 @@ class TokenPrior:
     def _logits(self, features: Tensor, codebook: int) -> NDArray[np.int64]:
         """(N, dim) to (N, S), 2^9 log2 p but for a constant a row."""
         table, bias = self.words[codebook]
-        return (features @ table.T + bias).cpu().numpy().astype(np.int64)
+        with torch.autocast(self.device.type, enabled=False):  # bfloat16 sums would be rounded
+            return (features @ table.T + bias).cpu().numpy().astype(np.int64)
 
     def cumulative(self, logits: NDArray[np.int64]) -> NDArray[np.int64]:
         """(N, S) logits to (N, S + 1) cumulative frequencies, from 0 to 2^24, each word having at least 1.
@@ -302,7 +303,8 @@ class TokenPrior:
                 if not positions.size:
                     continue
                 # The slice is taken anew in each step: the last one's tokens have been filled in.
-                features = self._features(whole[::stride, ::stride].to(self.device), step, level, codebook)
+                with torch.autocast(self.device.type, enabled=False):
+                    features = self._features(whole[::stride, ::stride].to(self.device), step, level, codebook)
                 count = max(1, BAND // codebook)
                 for start in range(0, len(positions), count):
                     part = slice(start, start + count)
