@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -119,6 +119,13 @@ class Tokenizer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("token_frequencies", None)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        # A model without tables takes those of the file that it is loaded from.
+        table = state_dict.get(f"{prefix}token_frequencies")
+        if table is not None and self.token_frequencies is None:
+            self.token_frequencies = torch.empty_like(table)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def layout(self, height: int, width: int) -> TokenLayout:
         """The tokens of a height x width image."""
