@@ -53,7 +53,7 @@ class Coder(IntEnum):
     PACKED = 0  # every index equally likely
     STATIC_ANS = 1  # the model's static tables
     PRIOR = 2  # a learned prior in whole numbers, which the fingerprint covers too
-    SEEDED_ANS = 3  # static tables, and the last index is the coder's first state
+    SEEDED_ANS = 3  # static tables, and the last indices are the coder's first state
 
 
 @dataclass(frozen=True)

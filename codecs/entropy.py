@@ -10,6 +10,7 @@ import heapq
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import constriction
@@ -197,15 +198,16 @@ def encode_ans(indices: Indices, layout: TokenLayout, tables: StaticTables, seed
     """The 32-bit words of constriction's ANS coder, little-endian, without the zero bytes at the end.
 
     The coder starts with state 0, from which the first index costs 24 bits whatever it is. With `seeded` the state
-    starts as that index (the last one in coding order) instead: up to three bytes less, which chunks are glad of.
+    starts as the last indices instead, packed into 24 bits: up to three bytes less, which chunks are glad of.
     """
     runs = [(indices[where, group].reshape(-1).astype(np.int32), table)
             for where, group, table in tables.runs(layout) if len(table) > 1]
     coder = constriction.stream.stack.AnsCoder()
     if seeded and runs:
         values, table = runs.pop()
-        coder = _coder(int(values[-1]))
-        runs.append((values[:-1], table))
+        rest = len(values) - _seed_length(values.size, len(table))
+        coder = _coder(reduce(lambda state, index: state * len(table) + index, values[rest:].tolist(), 0))
+        runs.append((values[:rest], table))
     for values, table in reversed(runs):  # a stack: last in, first out
         coder.encode_reverse(values, _categorical(table))
     return coder.get_compressed().astype("<u4").tobytes().rstrip(b"\0")
@@ -220,17 +222,26 @@ def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables, seeded
     out = np.zeros((layout.length, layout.groups), dtype=np.int64)
     runs = [(out[where, group], table) for where, group, table in tables.runs(layout) if len(table) > 1]
     for number, (part, table) in enumerate(runs, 1):
-        last = seeded and number == len(runs)
-        values = coder.decode(_categorical(table), part.size - last)
-        if last:
-            left = coder.get_compressed()
-            if len(left) > 1 or left.sum() >= len(table):
+        packed = _seed_length(part.size, len(table)) if seeded and number == len(runs) else 0
+        values = coder.decode(_categorical(table), part.size - packed)
+        if packed:
+            (state, *more), coder = [*coder.get_compressed().tolist()] or [0], _coder(0)
+            if more or state >= len(table) ** packed:
                 raise BitstreamError("The payload does not end where its indices end.")
-            values, coder = np.append(values, left.sum()), _coder(0)
+            digits = [state // len(table) ** place % len(table) for place in reversed(range(packed))]
+            values = np.append(values, digits)
         part[:] = values.reshape(part.shape)
     if not coder.is_empty():
         raise BitstreamError("The payload does not end where its indices end.")
     return out
+
+
+def _seed_length(count: int, vocab: int) -> int:
+    """How many of a run's `count` indices the first state of a seeded coder is: as 24 bits hold."""
+    length = 0
+    while length < count and vocab ** (length + 1) <= MAX_TOTAL:
+        length += 1
+    return max(1, length)
 
 
 def _coder(state: int) -> Any:

@@ -122,7 +122,7 @@ def _counts(part: Part, layout: TokenLayout) -> list[int]:
 
 def fill_from_neighbours(indices: Indices, lost: NDArray[np.bool_], layout: TokenLayout,
                          tables: StaticTables | None = None) -> Indices:
-    """A copy of indices (L, G) in which a position of which something is lost takes the indices of a received one.
+    """A copy of indices (L, G) in which what is lost (L, G) takes the index of a received position.
 
     It is the nearest in its row or column (the row first where both are as near), else the nearest of a nearest. A grid
     that is lost whole takes the likeliest words.
@@ -135,8 +135,10 @@ def fill_from_neighbours(indices: Indices, lost: NDArray[np.bool_], layout: Toke
     for rows, columns in layout.scales:
         part = slice(start, start + rows * columns)
         start = part.stop
-        source = _nearest(lost[part].any(1).reshape(rows, columns)).reshape(-1)
-        out[part] = np.where(source[:, None] < 0, likeliest[part], out[part][source])
+        for g in range(layout.groups):
+            if g == 0 or (lost[part, g] != lost[part, g - 1]).any():  # mostly all groups of a position are lost together
+                source = _nearest(lost[part, g].reshape(rows, columns)).reshape(-1)
+            out[part, g] = np.where(source < 0, likeliest[part, g], out[part, g][source])
     return out
 
 

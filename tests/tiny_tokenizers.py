@@ -5,6 +5,8 @@ Their numbers are whole multiples of powers of two, so their fingerprints are th
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -133,8 +135,49 @@ class TinyScales(Tokenizer):
         return F.interpolate(self.get_buffer("codebook")[grid].permute(0, 3, 1, 2), (16, 16))
 
     def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
-        total = torch.stack([self.drawn(grid[..., 0]) for grid in tokens.grids()]).sum(0)
+        return self.decode_stages(tokens, len(VAR_SCALES))
+
+    @property
+    def stages(self) -> Literal["scales"]:
+        return "scales"
+
+    def decode_stages(self, tokens: Tokens, count: int) -> Tensor:
+        total = torch.stack([self.drawn(grid[..., 0]) for grid in tokens.grids()[:count]]).sum(0)
         return F.interpolate(total + 0.5, (tokens.height, tokens.width)).clamp(0, 1)
+
+
+class TinyLevels(Tokenizer):
+    """Residual levels: three groups on one grid, each a colour of 27 that is a third as bright; a table a group."""
+
+    downsample = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("codebook", colours(3) - 0.5)
+        self.token_frequencies = torch.stack([skewed_table(27, first=9 * g) for g in range(3)])
+
+    def layout(self, height: int, width: int) -> TokenLayout:
+        return TokenLayout(((-(-height // 8), -(-width // 8)),), (27, 27, 27))
+
+    def encode(self, images: Tensor) -> Tokens:
+        rest, levels = block_means(images, 8) - 0.5, []
+        for level in range(3):
+            levels.append(nearest(rest * 3**level, self.get_buffer("codebook")))
+            rest = rest - self.get_buffer("codebook")[levels[-1]].permute(0, 3, 1, 2) / 3**level
+        return Tokens(torch.stack(levels, -1).flatten(1, 2), self.layout(*images.shape[-2:]), *images.shape[-2:])
+
+    def decode(self, tokens: Tokens, generator: torch.Generator | None = None) -> Tensor:
+        return self.decode_stages(tokens, 3)
+
+    @property
+    def stages(self) -> Literal["groups"]:
+        return "groups"
+
+    def decode_stages(self, tokens: Tokens, count: int) -> Tensor:
+        (grid,) = tokens.grids()
+        total = torch.stack([self.get_buffer("codebook")[grid[..., g]] / 3**g for g in range(count)]).sum(0)
+        pixels = (total + 0.5).permute(0, 3, 1, 2).repeat_interleave(8, -1).repeat_interleave(8, -2)
+        return pixels[..., : tokens.height, : tokens.width].clamp(0, 1)
 
 
 class TinySequence(Tokenizer):
