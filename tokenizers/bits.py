@@ -68,9 +68,10 @@ def unpack_bits(indices: Tensor, bits: int, order: BitOrder) -> Tensor:
 
 def pack_tokens(bits: Tensor, token_bits: tuple[int, ...], order: BitOrder) -> Tensor:
     """(B, d, ...) bool to (B, ..., G) int64: consecutive channels, token_bits[g] of them, make the index of group g."""
-    if len(set(token_bits)) == 1:  # equal tokens: one multiplication instead of G
-        grouped = bits.unflatten(1, (len(token_bits), token_bits[0])).movedim(1, -1)
-        return pack_bits(grouped.movedim(1, -1), order)
+    if len(set(token_bits)) == 1:  # equal tokens: one multiplication instead of G, and sums along far strides
+        grouped = bits.unflatten(1, (len(token_bits), token_bits[0]))
+        places = place_values(token_bits[0], order, bits.device).view(-1, *[1] * (bits.ndim - 2))
+        return (grouped * places).sum(2).movedim(1, -1).contiguous()
     return torch.stack([pack_bits(part.movedim(1, -1), order) for part in bits.split(token_bits, dim=1)], -1)
 
 
@@ -97,12 +98,13 @@ def _coin_entropy(logits: Tensor, ones: Tensor, zeros: Tensor) -> Tensor:
     return torch.log1p(-rare).neg_().addcmul_(logits.abs(), rare)
 
 
-def _code_table(ones: Tensor, zeros: Tensor) -> Tensor:
-    """(g, d, N) coin probabilities to (g, 2^d, N) code probabilities; the first bit is the least significant."""
-    table = ones.new_ones(ones.shape[0], 1, ones.shape[2])
-    for i in range(ones.shape[1]):
-        table = torch.cat([table * zeros[:, i : i + 1], table * ones[:, i : i + 1]], 1)
-    return table
+def _code_table(coins: Tensor) -> Tensor:
+    """(g, d, 2, N) coin probabilities to (g, 2^d, N) code probabilities; the first bit is the least significant."""
+    bits = coins.shape[1]
+    if bits < 2:
+        return coins[:, 0] if bits else coins.new_ones(coins.shape[0], 1, coins.shape[3])
+    low, high = _code_table(coins[:, : bits // 2]), _code_table(coins[:, bits // 2 :])
+    return (high[:, :, None] * low[:, None]).flatten(1, 2)
 
 
 def _pieces(bits: int, n: int) -> list[slice]:
@@ -113,8 +115,8 @@ def _pieces(bits: int, n: int) -> list[slice]:
 def _half_tables(ones: Tensor, zeros: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
     """Code probabilities of the low and of the high half of the bits, for some of the samples."""
     half = ones.shape[1] // 2
-    return (_code_table(ones[:, :half, piece], zeros[:, :half, piece]),
-            _code_table(ones[:, half:, piece], zeros[:, half:, piece]))
+    coins = torch.stack([zeros[..., piece], ones[..., piece]], 2)
+    return _code_table(coins[:, :half]), _code_table(coins[:, half:])
 
 
 def _mean_codes(ones: Tensor, zeros: Tensor) -> tuple[Tensor, list[Tensor]]:
