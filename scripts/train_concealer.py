@@ -1,0 +1,107 @@
+"""Train the concealer of a tokenizer and its family: the transformer that fills in lost tokens.
+
+    python scripts/train_concealer.py --model localvq-f16-2560 --train_data_dir photos/ --output_dir runs/concealer
+
+or `accelerate launch`. A run that was stopped goes on with --resume_from_checkpoint latest. The result,
+OUTPUT_DIR/concealer.safetensors, goes into the model's folder. The photographs are encoded once and kept in
+OUTPUT_DIR/tokens; tokens of smaller codebooks are those of the model's own, each by its nearest codeword. A family that
+lies beside the model is trained for as a whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from vtc.codecs.concealer import CONCEALER, Concealer
+from vtc.errors import ConfigError, VtcError
+from vtc.models import family_of, load_tokenizer
+from vtc.tokenizers.local_vq import LocalVQ
+from vtc.tokenizers.lpips import LPIPS
+from vtc.tokenizers.vector_quantizer import nearest_codeword
+from vtc.training.concealer import ConcealerRecipe, ConcealerTrainer
+from vtc.training.data import image_files
+from vtc.training.perceptual import PerceptualLoss
+from vtc.training.tokens import TokenGrids, cached_grids
+
+
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="bundled name or folder of a LocalVQ")
+    parser.add_argument("--train_data_dir", type=Path, required=True)
+    parser.add_argument("--validation_data_dir", type=Path, help="pictures to measure on; none: no validation")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--token_cache_dir", type=Path, help="where the photographs' tokens are kept; default "
+                        "OUTPUT_DIR/tokens")
+    parser.add_argument("--views", type=int, default=4, help="of each photograph: as it is, and shrunk or mirrored")
+    parser.add_argument("--init_from", type=Path, help="a concealer's file to start from")
+    parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
+    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
+    parser.add_argument("--checkpointing_steps", type=int, default=200)
+    parser.add_argument("--validation_steps", type=int, default=500)
+    parser.add_argument("--resume_from_checkpoint", choices=("latest",))
+    network = Concealer().config
+    for name in ("width", "depth", "heads"):
+        parser.add_argument(f"--{name}", type=int, default=network[name])
+    for field in dataclasses.fields(ConcealerRecipe):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    return parser.parse_args(arguments)
+
+
+def family_members(name: str) -> dict[int, LocalVQ]:
+    """The model and all members of its family, by the size of their codebooks."""
+    family = family_of(name)
+    models = [load_tokenizer(name), *(load_tokenizer(name, size=size) for size in (family.sizes if family else ()))]
+    members = {model.quantizer.codebook_size: model for model in models if isinstance(model, LocalVQ)}
+    if len(members) < len(models):
+        raise ConfigError(f"Concealment is trained for LocalVQ, and {name!r} is a {type(models[0]).__name__}.")
+    return members
+
+
+def train(args: argparse.Namespace) -> None:
+    recipe = ConcealerRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ConcealerRecipe)})
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available())
+    members = family_members(args.model)
+    largest = max(members)
+    codebook = members[largest].quantizer.codewords
+    maps = {size: nearest_codeword(codebook, member.quantizer.codewords)
+            for size, member in members.items() if size != largest}
+
+    def encoded(folder: Path, pictures: Path, views: int) -> list[TokenGrids]:
+        with accelerator.main_process_first():
+            grids = cached_grids(folder, [members[largest]], image_files(pictures), views, recipe.seed)
+        return [grid.mapped(largest, maps) for grid in grids]
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    views = encoded(args.token_cache_dir or args.output_dir / "tokens", args.train_data_dir, args.views)
+    validation = args.validation_data_dir and encoded(args.output_dir / "validation", args.validation_data_dir, 1)[0]
+    torch.manual_seed(recipe.seed)
+    model = Concealer.load(args.init_from) if args.init_from else Concealer(
+        codebook.shape[1], width=args.width, depth=args.depth, heads=args.heads)
+    loss = PerceptualLoss(LPIPS("squeeze", args.lpips_weights)) if recipe.picture_steps else None
+    trainer = ConcealerTrainer(model, recipe, accelerator, members, views, image_files(args.train_data_dir),
+                               args.output_dir, loss, validation)
+    if args.resume_from_checkpoint:
+        accelerator.load_state(str(args.output_dir / "checkpoint"))
+    average = trainer.train(args.checkpointing_steps, args.validation_steps)
+    if accelerator.is_main_process:
+        average.save(args.output_dir / CONCEALER, members[largest].fingerprint().hex())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 done, 1 failed (one sentence on stderr)."""
+    try:
+        train(parse_args(arguments))
+    except VtcError as error:
+        print(f"train_concealer: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
