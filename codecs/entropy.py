@@ -205,7 +205,7 @@ def encode_ans(indices: Indices, layout: TokenLayout, tables: StaticTables, seed
     coder = constriction.stream.stack.AnsCoder()
     if seeded and runs:
         values, table = runs.pop()
-        rest = len(values) - _seed_length(values.size, len(table))
+        rest = len(values) - seed_length(values.size, len(table))
         coder = _coder(reduce(lambda state, index: state * len(table) + index, values[rest:].tolist(), 0))
         runs.append((values[:rest], table))
     for values, table in reversed(runs):  # a stack: last in, first out
@@ -222,7 +222,7 @@ def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables, seeded
     out = np.zeros((layout.length, layout.groups), dtype=np.int64)
     runs = [(out[where, group], table) for where, group, table in tables.runs(layout) if len(table) > 1]
     for number, (part, table) in enumerate(runs, 1):
-        packed = _seed_length(part.size, len(table)) if seeded and number == len(runs) else 0
+        packed = seed_length(part.size, len(table)) if seeded and number == len(runs) else 0
         values = coder.decode(_categorical(table), part.size - packed)
         if packed:
             (state, *more), coder = [*coder.get_compressed().tolist()] or [0], _coder(0)
@@ -236,7 +236,7 @@ def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables, seeded
     return out
 
 
-def _seed_length(count: int, vocab: int) -> int:
+def seed_length(count: int, vocab: int) -> int:
     """How many of a run's `count` indices the first state of a seeded coder is: as 24 bits hold."""
     length = 0
     while length < count and vocab ** (length + 1) <= MAX_TOTAL:
