@@ -59,6 +59,7 @@ _MODULE_OF = {
     "MultiScaleBinaryQuantizer": "vtc.tokenizers.multi_scale_binary",
     "MultiScaleResidualQuantizer": "vtc.tokenizers.multi_scale_residual",
     "ProductQuantizer": "vtc.tokenizers.product_quantizer",
+    "Quantizer": "vtc.tokenizers.quantizer",
     "ResidualQuantizer": "vtc.tokenizers.residual_quantizer",
     # networks, checkpoints and what they train with
     "BlurPatchGAN": "vtc.tokenizers.discriminators",
@@ -124,6 +125,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.multi_scale_residual import MultiScaleResidualQuantizer as MultiScaleResidualQuantizer
     from vtc.tokenizers.open_magvit2 import OpenMAGVIT2 as OpenMAGVIT2
     from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
+    from vtc.tokenizers.quantizer import Quantizer as Quantizer
     from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
     from vtc.tokenizers.scale_consistent_vae import ScaleConsistentVAE as ScaleConsistentVAE
     from vtc.tokenizers.upstream import import_checkpoint as import_checkpoint
