@@ -32,9 +32,10 @@ from vtc.eval.provenance import provenance
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
 from vtc.models import family_of, load_tokenizer
+from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.tokenizer_family import TokenizerFamily
 
-TARGETS = (0.0125, 0.02, 0.03, 0.045, 0.07, 0.1, 0.15)
+TARGETS = (0.02, 0.045, 0.1)
 MEASURES = {"lpips_alex": "LPIPS (lower is better)", "psnr": "PSNR in dB", "ms_ssim": "MS-SSIM"}
 
 
@@ -103,25 +104,36 @@ def read_rows(path: Path) -> list[Row]:
     kinds = {"image": str, "codec": str, "width": int, "height": int, "num_bytes": int, "downsample": int}
     try:
         with open(path, newline="") as file:
-            return [Row(**{name: kinds.get(name, float)(text) if text else None for name, text in line.items()})
-                    for line in csv.DictReader(file)]
+            lines = [{name: kinds.get(name, float)(text) if text else None for name, text in line.items()}
+                     for line in csv.DictReader(file)]
+            return [Row(**line) for line in lines]  # type: ignore[arg-type]  # TypeError says what is missing
     except (OSError, TypeError, ValueError) as error:
         raise ConfigError(f"{path} is no rates.csv of this script: {error}.") from error
 
 
-def models(name: str, also: list[str]) -> Iterator[tuple[str, Any]]:
-    """("ours q3", tokenizer) for each quality, then the same of other families, without the base again."""
+def models(name: str, also: list[str]) -> Iterator[tuple[str, Tokenizer]]:
+    """("ours q3", tokenizer) for each quality, then those of other families that draw other pictures than ours."""
     about = family_of(name)
     if about is None:
         raise ConfigError(f"The model {name} has no family; make one with scripts/finetune_codebook.py.")
-    for quality, size in enumerate((*about.sizes, None), 1):
-        yield f"ours q{quality}", load_tokenizer(name, size=size)
+    own = {size: load_tokenizer(name, size=size) for size in about.sizes}
     base = load_tokenizer(name)
+    for quality, model in enumerate((*own.values(), base), 1):
+        yield f"ours q{quality}", model
     for option in also:
         label, _, path = option.partition("=")
         family = TokenizerFamily.load(path)
         for quality, size in enumerate(family.about.sizes, 1):
-            yield f"{label} q{quality}", family.member(base, size)
+            member = family.member(base, size)
+            if size not in own or not draw_alike(member, own[size]):
+                yield f"{label} q{quality}", member
+
+
+def draw_alike(a: Tokenizer, b: Tokenizer) -> bool:
+    """Whether two models differ in their entropy-coding tables at most."""
+    tensors = b.state_dict()
+    return all(torch.equal(tensor, tensors[name]) for name, tensor in a.state_dict().items()
+               if name != "token_frequencies")
 
 
 def ours(name: str, original: np.ndarray, label: str, codec: TokenCodec, judge: Judge) -> Row:
@@ -139,10 +151,10 @@ def classical(name: str, original: np.ndarray, peer: str, factors: list[int], ta
     height, width = original.shape[:2]
     for factor in factors:
         known: dict[bytes, Row] = {}
-        for target in targets:
+        for target in sorted(targets, reverse=True):
             stream = encode_within(peer, original, int(target * height * width / 8), factor)
             if stream is None:
-                continue
+                break  # nor will it fit into less
             if stream.data not in known:
                 known[stream.data] = judge.row(name, peer, original, stream.decode(), len(stream.data))
             row = Row(**asdict(known[stream.data]))
@@ -169,8 +181,8 @@ def markdown(report: dict[str, Any]) -> str:
     """One table of all points."""
     lines = [f"# Rates of {report['model']} on {report['images']}", "",
              f"{report['num_images']} images, whole files, means over images, reconstructions rounded to 8 bits. "
-             f"LPIPS: {report['lpips']}. A peer has, image by image, at most the target's bits per pixel (its setting), its "
-             "picture shrunk by the factor in its name; a row with fewer images is not comparable.", "",
+             f"LPIPS: {report['lpips']}. A peer has, image by image, at most as many bits per pixel as its setting, "
+             "its picture shrunk by the factor in its name; a row with fewer images is not comparable.", "",
              "| codec | setting | n | bpp | LPIPS | PSNR dB | MS-SSIM |", "|-|-|-|-|-|-|-|"]
     for point in report["points"]:
         lines.append(f"| {point['curve']} | {point['setting']} | {point['num_images']} | {number(point['bpp'], 4)} | "
@@ -195,11 +207,11 @@ def plot(points: list[dict[str, Any]], count: int, path: Path) -> None:
     from matplotlib import pyplot
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    measured = [m for m in MEASURES if any(p[m] is not None for p in points)]
-    figure, axes = pyplot.subplots(1, len(measured), figsize=(5.4 * len(measured), 4.6), squeeze=False)
+    shown = [m for m in MEASURES if any(p[m] is not None for p in points)]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.4 * len(shown), 4.6), squeeze=False)
     usable = [p for p in points if p["complete"]]
     peers = sorted({p["curve"].split(" 1/")[0] for p in usable if " 1/" in p["curve"]})
-    for axis, measure in zip(axes[0], measured, strict=True):
+    for axis, measure in zip(axes[0], shown, strict=True):
         for curve in dict.fromkeys(p["curve"] for p in usable if " 1/" not in p["curve"]):
             own = [p for p in usable if p["curve"] == curve and p[measure] is not None]
             main_curve = curve == "ours"
@@ -211,7 +223,7 @@ def plot(points: list[dict[str, Any]], count: int, path: Path) -> None:
             plain = [p for p in own if p["curve"] == f"{peer} 1/1"]
             best = [(min if measure == "lpips_alex" else max)((p for p in own if p["setting"] == setting),
                                                              key=lambda p: p[measure])
-                    for setting in dict.fromkeys(p["setting"] for p in sorted(own, key=lambda p: float(p["setting"])))]
+                    for setting in dict.fromkeys(p["setting"] for p in own)]
             axis.plot([p["bpp"] for p in best], [p[measure] for p in best], ".-", color=f"C{color}", label=peer,
                       linewidth=1)
             axis.plot([p["bpp"] for p in plain], [p[measure] for p in plain], "x--", color=f"C{color}", linewidth=1,

@@ -55,7 +55,7 @@ def _whole(text: str) -> int:
 
 
 def _rate(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{0,4}\.?[0-9]{0,9}", text) or not re.search(r"[1-9]", text):
+    if not re.fullmatch(r"[0-9]{0,4}\.?[0-9]{0,40}", text) or not re.search(r"[1-9]", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no positive number of bits per pixel")
     return float(text)
 
@@ -90,12 +90,12 @@ def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
     loading, waited = threading.Lock(), threading.local()
 
     def codec_of(quality: int) -> TokenCodec:
+        start = time.perf_counter()
         with loading:
             if quality not in loaded:
-                start = time.perf_counter()
                 loaded[quality] = TokenCodec(load_model(args.model, args.device, sizes[quality - 1]))
-                waited.seconds = getattr(waited, "seconds", 0.0) + time.perf_counter() - start
-            return loaded[quality]
+        waited.seconds = getattr(waited, "seconds", 0.0) + time.perf_counter() - start
+        return loaded[quality]
 
     rates = RateControl(codec_of, len(sizes), args.resilience, args.progressive)
     rates.codec(args.quality or rates.qualities)  # a model that cannot be loaded is one failure, not one for each file
