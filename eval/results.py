@@ -243,15 +243,15 @@ def _cell(value: float) -> str:
 def table(methods: Sequence[MethodResult], with_intervals: bool = False) -> str:
     """Markdown: a row a method, a column a result, then the marks' footnotes."""
     names = result_names(methods)
-    letters, notes = marks(methods)
+    signs, notes = marks(methods)
     heads = [f"{quantity(name).title} {quantity(name).unit}".strip() for name in names]
     lines = ["| method | n | " + " | ".join(heads) + " |", "|" + "-|" * (len(names) + 2)]
-    for method, letter in zip(methods, letters, strict=True):
+    for method, sign in zip(methods, signs, strict=True):
         cells = []
         for name in names:
             result = method.results.get(name)
             cells.append(cell_text(name, result, method.conditions["n"], with_intervals))
-        label = method.name + (f" [{letter}]" if letter else "")
+        label = method.name + (f" [{sign}]" if sign else "")
         lines.append(f"| {label} | {method.conditions['n']} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *(f"\n[{letter(i)}] {note}" for i, note in enumerate(notes))]) + "\n"
 

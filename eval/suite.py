@@ -332,7 +332,7 @@ class Suite:
                         problems.append(Problem(name, tally.method.name, sentence(error, name)))
         found = []
         for tally in tallies:
-            if tally.images:
+            if tally.images or tally.not_reached:
                 result, troubles = tally.result(self._conditions(tally), self.seed)
                 found.append(result)
                 problems += troubles

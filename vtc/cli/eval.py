@@ -94,7 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
                      help="results.json of an earlier run, to stand in the same tables; a mark says what differs")
     out.add_argument("--title", help="of the report")
     out.add_argument("--gallery", metavar="N", type=_positive, default=24, help="pictures in the report; default 24")
-    out.add_argument("-q", "--quiet", action="store_true", help="say nothing but failures")
+    out.add_argument("-q", "--quiet", action="store_true", help="no progress")
     parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
     return parser
 
@@ -178,6 +178,8 @@ def evaluate(args: argparse.Namespace) -> int:
         items, methods = _methods(args, problems)
         options = _options(args)
         measures = _measures(names, options, asked=set(args.metrics), problems=problems)
+        if not measures:
+            raise VtcError(problems[-1].sentence if problems else "No metric is available; see --metrics.")
         suite = _suite(args, methods, measures, options, processes, stack)
         added = [result for path in args.add for result in from_json(path)]
         results, more = _run(suite, items, processes, args)
@@ -339,7 +341,7 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
             write_file(args.csv, to_csv(results).encode())
         if args.json:
             emit(to_json(everything, about), sys.stdout)
-        elif args.csv != "-" and not args.quiet:
+        elif args.csv != "-":
             emit(table(everything, with_intervals=len(everything) == 1), sys.stdout)
     if sentences:
         say(f"{PROG}: {len(sentences)} {'things were' if len(sentences) > 1 else 'thing was'} not measured:")
