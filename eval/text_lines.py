@@ -24,7 +24,9 @@ def words_of_line(pixels: np.ndarray, box: Box, text: str) -> list[Word]:
     """
     height, width = pixels.shape[:2]
     words = text.split()
-    boxes = [box] if len(words) < 2 else _cut(pixels, box, words)
+    if not words:
+        return []
+    boxes = [box] if len(words) == 1 else _cut(pixels, box, words)
     return [Word(part, word, text_ratio(part, word, height, width)) for word, part in zip(words, boxes, strict=True)]
 
 
@@ -57,7 +59,7 @@ def _cut(pixels: np.ndarray, box: Box, words: list[str]) -> list[Box]:
         cuts.append(float(here[at]))
         at = 0 if back is None else int(back[at])
     cuts.reverse()
-    margin = 0.3 * pitch  # of half a blank, so that no neighbour's edge comes in
+    margin = 0.1 * pitch  # little: blanks of proportional fonts are narrow
     return [(max(left + start + margin, left), box[1], min(left + end - margin, right), box[3])
             for start, end in pairwise(cuts)]
 

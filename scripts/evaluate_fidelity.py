@@ -112,9 +112,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     codecs.add_argument("--face_engine", default=DEFAULT_FACE_ENGINE, choices=list(FACE_ENGINES))
     codecs.add_argument("--text_sizes", nargs="+", type=int, default=[256, 512, 1024])
     codecs.add_argument("--face_sizes", nargs="+", type=int, default=[256, 512])
-    codecs.add_argument("--every_document", type=int, default=1, help="take every so-manieth document")
-    codecs.add_argument("--every_line", type=int, default=1, help="take every so-manieth line of a document")
-    codecs.add_argument("--limit", type=int, help="only the first so many pictures of each kind")
+    codecs.add_argument("--every_picture", type=int, default=1, help="take one picture of so many, of each kind")
+    codecs.add_argument("--every_line", type=int, default=1, help="take one line of a document of so many")
     codecs.add_argument("--quiet", action="store_true", help="no progress bar")
     tokbench = commands.add_parser("tokbench", help="judge reconstructions on disk")
     tokbench.add_argument("--data", required=True, type=Path, help="the folder TokBench")
@@ -140,30 +139,28 @@ def evaluate_codecs(args: argparse.Namespace) -> list[str]:
     tokenizer = load_tokenizer(args.model)
     codec = TokenCodec(tokenizer)
     report: dict = {"model": {"name": Path(args.model).name, "fingerprint": codec.fingerprint.hex()},
-                    "settings": {"every_document": args.every_document, "every_line": args.every_line,
+                    "settings": {"every_picture": args.every_picture, "every_line": args.every_line,
                                  "bpp": "bytes of the file over size x size pixels of the canvas, padding included",
-                                 "peers": "AVIF: at most our bytes at half size, else at a quarter, and at most 4 "
-                                          "times our bytes at full size; JPEG: at most 4 times our bytes at half size, "
-                                          "else at a quarter"},
+                                 "peers": "AVIF at most our bytes and at most 4 times our bytes, JPEG at most 4 "
+                                          "times, each at half size, or at a quarter where it does not fit"},
                     "provenance": provenance()}
     failures: list[str] = []
     if not args.text and not args.faces:
         raise ConfigError("There is nothing to judge: give --text, --faces, or both.")
     if args.text:
         text_engines = [load_text_engine(name) for name in args.text_engines]
-        pictures = text_pictures(args.text, args.every_document, args.every_line, args.limit, failures)
+        pictures = text_pictures(args.text, args.every_picture, args.every_line, failures)
         report["text"] = judge_text(pictures, text_engines, args.text_sizes, codec, args.quiet)
     if args.faces:
         report["faces"] = judge_faces(args.faces, load_face_engine(args.face_engine), args.face_sizes, codec, failures,
-                                      args.limit, args.quiet)
+                                      args.every_picture, args.quiet)
     args.output.mkdir(parents=True, exist_ok=True)
     write_file(args.output / "results.json", json.dumps(report, indent=1).encode() + b"\n")
     write_file(args.output / "results.md", markdown(report).encode())
     return failures
 
 
-def text_pictures(folder: Path, every_document: int, every_line: int, limit: int | None,
-                  failures: list[str]) -> list[TextPicture]:
+def text_pictures(folder: Path, every_picture: int, every_line: int, failures: list[str]) -> list[TextPicture]:
     """Of annotations.jsonl, what has legible lines; lines of several words are cut at their blanks."""
     try:
         entries = [json.loads(line) for line in read_file(folder / "annotations.jsonl").splitlines()]
@@ -177,12 +174,10 @@ def text_pictures(folder: Path, every_document: int, every_line: int, limit: int
         if not lines:
             continue
         seen[kind] += 1
+        if (seen[kind] - 1) % every_picture:
+            continue
         if kind == "document":
             lines = lines[::every_line]
-            if (seen[kind] - 1) % every_document:
-                continue
-        if limit is not None and sum(p.kind == kind for p in pictures) >= limit:
-            continue
         path = folder / entry["image"]
         words = []
         try:
@@ -244,11 +239,12 @@ def judge_text(pictures: list[TextPicture], engines: list[TextEngine], sizes: li
 
 
 def judge_faces(folder: Path, engine: FaceEngine, sizes: list[int], codec: TokenCodec, failures: list[str],
-                limit: int | None, quiet: bool) -> dict:
+                every_picture: int, quiet: bool) -> dict:
     """Every codec at every size on the largest face of each picture."""
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)[:limit] if folder.is_dir() else []
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not files:
         raise ConfigError(f"{folder} holds no pictures.")
+    files = files[::every_picture]
     annotations = {}
     for file in tqdm(files, "faces", disable=quiet, file=sys.stderr):
         try:
@@ -290,8 +286,8 @@ def reconstructions(pixels: np.ndarray, size: int, codec: TokenCodec) -> Iterabl
     (data,) = codec.compress(to_tensor(placed)[None])
     (decoded,) = codec.decompress([data])
     yield "ours", canvas.restore(to_uint8(decoded)), len(data)
-    for peer, times, factors in (("avif", 1, (2, 4)), ("avif", 4, (1,)), ("jpeg", 4, (2, 4))):
-        streams = (encode_within(peer, placed, times * len(data), factor) for factor in factors)
+    for peer, times in (("avif", 1), ("avif", 4), ("jpeg", 4)):
+        streams = (encode_within(peer, placed, times * len(data), factor) for factor in (2, 4))
         stream = next((s for s in streams if s is not None), None)
         if stream is not None:
             label = f"{peer}, our bytes" if times == 1 else f"{peer}, {times} x our bytes"

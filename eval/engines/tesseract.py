@@ -20,8 +20,6 @@ INSTALL = "install it, on Debian and Ubuntu with: apt install tesseract-ocr"
 LANGUAGE = "eng"
 #: smaller crops are enlarged to this height: Tesseract was trained on letters of some thirty pixels
 MIN_HEIGHT = 48
-#: it cuts nothing off at the edges where there is a margin in the colour of the crop's border
-MARGIN = 12
 
 
 class TesseractEngine(TextEngine):
@@ -45,7 +43,7 @@ class TesseractEngine(TextEngine):
         version = self._run("--version").split("\n")[0].strip()
         self.info = EngineInfo("tesseract", version, f"{LANGUAGE}.traineddata",
                                hashes(data) if data and data.is_file() else {},
-                               {"psm": 8, "min_height": MIN_HEIGHT, "margin": MARGIN, "answers": "spaces removed"})
+                               {"psm": 8, "min_height": MIN_HEIGHT, "answers": "spaces removed"})
 
     def read(self, crops: Sequence[np.ndarray], truths: Sequence[str] | None = None) -> list[str]:
         if not crops:
@@ -89,13 +87,9 @@ def _answers(table: str, count: int) -> list[str]:
 
 
 def _prepared(crop: np.ndarray) -> Image.Image:
-    """Enlarged to MIN_HEIGHT, with a margin in the median colour of the border."""
-    border = np.concatenate([crop[0], crop[-1], crop[:, 0], crop[:, -1]])
-    colour = tuple(int(v) for v in np.median(border, 0))
+    """Enlarged to MIN_HEIGHT. No margin: mode 8 takes the crop's height for the line's, and misreads what is framed."""
     image = Image.fromarray(crop)
-    if image.height < MIN_HEIGHT:
-        width = max(1, round(image.width * MIN_HEIGHT / image.height))
-        image = image.resize((width, MIN_HEIGHT), Image.Resampling.BICUBIC)
-    framed = Image.new("RGB", (image.width + 2 * MARGIN, image.height + 2 * MARGIN), colour)
-    framed.paste(image, (MARGIN, MARGIN))
-    return framed
+    if image.height >= MIN_HEIGHT:
+        return image
+    width = max(1, round(image.width * MIN_HEIGHT / image.height))
+    return image.resize((width, MIN_HEIGHT), Image.Resampling.BICUBIC)
