@@ -180,7 +180,7 @@ def test_the_smallest_images_are_judged_and_smaller_ones_refused(make, least, tr
     assert logits.numel() and logits.isfinite().all()
     logits.sum().backward()
     assert images.grad is not None and images.grad.isfinite().all()
-    with pytest.raises(ConfigError, match="needs .* pixels, not images of"):
+    with pytest.raises(ConfigError, match=r"needs .* pixels, not images of"):
         model(torch.randn(1, 3, height, width - 1))
     with pytest.raises(ConfigError, match=r"\(B, 3, H, W\)"):
         model(torch.randn(3, 64, 64))

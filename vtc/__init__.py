@@ -47,6 +47,7 @@ _MODULE_OF = {
     "WaveletTransform": "vtc.tokenizers.wavelets",
     "cluster_codebook": "vtc.tokenizers.codebook_clustering",
     "kmeans": "vtc.tokenizers.kmeans",
+    "TokenizerFamily": "vtc.tokenizers.tokenizer_family",
     "with_codebook": "vtc.tokenizers.codebook_clustering",
     # quantizers
     "BinarySphericalQuantizer": "vtc.tokenizers.binary_spherical",
@@ -62,27 +63,51 @@ _MODULE_OF = {
     "Quantizer": "vtc.tokenizers.quantizer",
     "ResidualQuantizer": "vtc.tokenizers.residual_quantizer",
     # networks, checkpoints and what they train with
+    "adaptive_weight": "vtc.tokenizers.losses",
+    "annealed_entropy_weight": "vtc.tokenizers.lookup_free",
     "BlurPatchGAN": "vtc.tokenizers.discriminators",
+    "decode_tiled": "vtc.tokenizers.tiling",
+    "DecodedWithFeatures": "vtc.tokenizers.scale_consistent_vae",
     "DiffusersAutoencoder": "vtc.tokenizers.diffusers_adapters",
     "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
+    "discriminator_loss": "vtc.tokenizers.losses",
+    "doubled_conv": "vtc.tokenizers.scale_consistent_vae",
+    "encode_tiled": "vtc.tokenizers.tiling",
+    "estimate_clean": "vtc.tokenizers.wavelet_loss",
+    "generator_loss": "vtc.tokenizers.losses",
+    "gradient_penalty": "vtc.tokenizers.losses",
+    "hinge_discriminator_loss": "vtc.tokenizers.losses",
+    "hinge_generator_loss": "vtc.tokenizers.losses",
     "IBQ": "vtc.tokenizers.ibq",
     "import_checkpoint": "vtc.tokenizers.upstream",
+    "INFINITY_1M": "vtc.tokenizers.multi_scale_binary",
     "InfinityVAE": "vtc.tokenizers.infinity_vae",
+    "Latents": "vtc.tokenizers.diffusers_adapters",
     "LeCAM": "vtc.tokenizers.losses",
     "LlamaGenVQ": "vtc.tokenizers.llamagen_vq",
     "load_checkpoint": "vtc.tokenizers.upstream",
+    "non_saturating_generator_loss": "vtc.tokenizers.losses",
     "OpenMAGVIT2": "vtc.tokenizers.open_magvit2",
+    "patch_mse": "vtc.tokenizers.losses",
     "PatchGAN": "vtc.tokenizers.discriminators",
+    "scale_consistency_loss": "vtc.tokenizers.losses",
     "ScaleConsistentVAE": "vtc.tokenizers.scale_consistent_vae",
     "SpectralDiscriminator": "vtc.tokenizers.discriminators",
+    "vanilla_discriminator_loss": "vtc.tokenizers.losses",
+    "VAR_256": "vtc.tokenizers.multi_scale_residual",
+    "VAR_512": "vtc.tokenizers.multi_scale_residual",
     "VARVQVAE": "vtc.tokenizers.var_vqvae",
     "VQGAN": "vtc.tokenizers.vqgan",
+    "warm_up": "vtc.tokenizers.losses",
+    "WaveletBands": "vtc.tokenizers.wavelets",
     "WeTok": "vtc.tokenizers.wetok",
     # codecs
+    "RateControl": "vtc.codecs.rates",
     "TokenCodec": "vtc.codecs.token_codec",
 }
 
 if TYPE_CHECKING:
+    from vtc.codecs.rates import RateControl as RateControl
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
     from vtc.errors import ConfigError as ConfigError
@@ -107,6 +132,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
     from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder as DiffusersAutoencoder
     from vtc.tokenizers.diffusers_adapters import DiffusersVQ as DiffusersVQ
+    from vtc.tokenizers.diffusers_adapters import Latents as Latents
     from vtc.tokenizers.discriminators import BlurPatchGAN as BlurPatchGAN
     from vtc.tokenizers.discriminators import PatchGAN as PatchGAN
     from vtc.tokenizers.discriminators import SpectralDiscriminator as SpectralDiscriminator
@@ -119,15 +145,35 @@ if TYPE_CHECKING:
     from vtc.tokenizers.local_vq import LocalVQ as LocalVQ
     from vtc.tokenizers.lookup_free import LFQ as LFQ
     from vtc.tokenizers.lookup_free import GroupLFQ as GroupLFQ
+    from vtc.tokenizers.lookup_free import annealed_entropy_weight as annealed_entropy_weight
     from vtc.tokenizers.losses import LeCAM as LeCAM
+    from vtc.tokenizers.losses import adaptive_weight as adaptive_weight
+    from vtc.tokenizers.losses import discriminator_loss as discriminator_loss
+    from vtc.tokenizers.losses import generator_loss as generator_loss
+    from vtc.tokenizers.losses import gradient_penalty as gradient_penalty
+    from vtc.tokenizers.losses import hinge_discriminator_loss as hinge_discriminator_loss
+    from vtc.tokenizers.losses import hinge_generator_loss as hinge_generator_loss
+    from vtc.tokenizers.losses import non_saturating_generator_loss as non_saturating_generator_loss
+    from vtc.tokenizers.losses import patch_mse as patch_mse
+    from vtc.tokenizers.losses import scale_consistency_loss as scale_consistency_loss
+    from vtc.tokenizers.losses import vanilla_discriminator_loss as vanilla_discriminator_loss
+    from vtc.tokenizers.losses import warm_up as warm_up
     from vtc.tokenizers.lpips import LPIPS as LPIPS
+    from vtc.tokenizers.multi_scale_binary import INFINITY_1M as INFINITY_1M
     from vtc.tokenizers.multi_scale_binary import MultiScaleBinaryQuantizer as MultiScaleBinaryQuantizer
+    from vtc.tokenizers.multi_scale_residual import VAR_256 as VAR_256
+    from vtc.tokenizers.multi_scale_residual import VAR_512 as VAR_512
     from vtc.tokenizers.multi_scale_residual import MultiScaleResidualQuantizer as MultiScaleResidualQuantizer
     from vtc.tokenizers.open_magvit2 import OpenMAGVIT2 as OpenMAGVIT2
     from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
     from vtc.tokenizers.quantizer import Quantizer as Quantizer
     from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
+    from vtc.tokenizers.scale_consistent_vae import DecodedWithFeatures as DecodedWithFeatures
     from vtc.tokenizers.scale_consistent_vae import ScaleConsistentVAE as ScaleConsistentVAE
+    from vtc.tokenizers.scale_consistent_vae import doubled_conv as doubled_conv
+    from vtc.tokenizers.tiling import decode_tiled as decode_tiled
+    from vtc.tokenizers.tiling import encode_tiled as encode_tiled
+    from vtc.tokenizers.tokenizer_family import TokenizerFamily as TokenizerFamily
     from vtc.tokenizers.upstream import import_checkpoint as import_checkpoint
     from vtc.tokenizers.upstream import load_checkpoint as load_checkpoint
     from vtc.tokenizers.var_vqvae import VARVQVAE as VARVQVAE
@@ -135,6 +181,8 @@ if TYPE_CHECKING:
     from vtc.tokenizers.vector_quantizer import VectorQuantizer as VectorQuantizer
     from vtc.tokenizers.vqgan import VQGAN as VQGAN
     from vtc.tokenizers.wavelet_loss import WaveletLoss as WaveletLoss
+    from vtc.tokenizers.wavelet_loss import estimate_clean as estimate_clean
+    from vtc.tokenizers.wavelets import WaveletBands as WaveletBands
     from vtc.tokenizers.wavelets import WaveletTransform as WaveletTransform
     from vtc.tokenizers.wetok import WeTok as WeTok
 else:
