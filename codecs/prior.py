@@ -40,6 +40,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vtc import hub
+from vtc.codecs.entropy import Indices, seed_length
 from vtc.errors import BitstreamError, ConfigError, ModelError
 
 FORMAT = "vtc prior 1"
@@ -64,8 +65,6 @@ OCTAVE_BITS, OCTAVES, LARGEST_POWER = 6, 20, 2**20
 
 #: numbers of float32 that one GEMM's columns, or one table of frequencies, take at a time
 BAND = 2**21
-
-Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -255,20 +254,21 @@ class TokenPrior:
         self._check_codebook(codebook)
         if indices.shape != (grid[0] * grid[1],) or (indices < 0).any() or (indices >= codebook).any():
             raise ConfigError(f"A grid of {grid[0]}x{grid[1]} tokens has that many indices below {codebook}.")
-        lows, shares = [], []
+        lows, shares, order = [], [], []
         for cumulative, positions in self._parts(indices, grid, codebook):
             words = indices[positions, None]
             low = np.take_along_axis(cumulative, words, 1)
             lows.append(low[:, 0])
             shares.append((np.take_along_axis(cumulative, words + 1, 1) - low)[:, 0])
-            last = int(words[-1, 0])
-        return ans_encode(np.concatenate(lows), np.concatenate(shares), last)
+            order.append(positions)
+        words = indices[np.concatenate(order)]
+        return ans_encode(np.concatenate(lows), np.concatenate(shares), words, codebook)
 
     def decode(self, payload: bytes, grid: tuple[int, int], codebook: int) -> Indices:
         """Inverse of `encode`. Raises BitstreamError where the payload is not the code of such indices."""
         self._check_codebook(codebook)
         indices = np.zeros(grid[0] * grid[1], dtype=np.int64)
-        coder = AnsDecoder(payload, len(indices))
+        coder = AnsDecoder(payload, len(indices), codebook)
         for cumulative, positions in self._parts(indices, grid, codebook):
             indices[positions] = coder.decode(cumulative)
         return indices
@@ -328,33 +328,37 @@ def fingerprint(tensors: dict[str, Tensor]) -> bytes:
 
 # ---- asymmetric numeral systems, as in `vtc.codecs.entropy`, with frequencies of its own for each symbol -------------
 
-def ans_encode(lows: Indices, shares: Indices, last: int) -> bytes:
-    """Symbols that have `shares` (N,) of 2^24 from `lows` (N,) on, to bytes.
+def ans_encode(lows: Indices, shares: Indices, words: Indices, size: int) -> bytes:
+    """Words (N,) below `size` that have `shares` (N,) of 2^24 from `lows` (N,) on, to bytes.
 
-    The last symbol goes in first, as the state that the coder starts with: its number `last` takes up to 24 bits less
-    than coding it from state 0 would.
+    The coder starts with the last of the words, as many as fit in 24 bits: from state 0 the first word to be coded,
+    which is the last of those before them, would take 24 bits whatever it is.
     """
-    words, state = [], last
-    for low, share in zip(lows[-2::-1].tolist(), shares[-2::-1].tolist(), strict=True):
+    coded = len(words) - seed_length(len(words), size)
+    out, state = [], 0
+    for word in words[coded:].tolist():
+        state = state * size + word
+    for low, share in zip(lows[:coded][::-1].tolist(), shares[:coded][::-1].tolist(), strict=True):
         if state >> (64 - PRECISION) >= share:
-            words.append(state & 0xFFFFFFFF)
+            out.append(state & 0xFFFFFFFF)
             state >>= 32
         whole, rest = divmod(state, share)
         state = whole << PRECISION | rest + low
     while state:
-        words.append(state & 0xFFFFFFFF)
+        out.append(state & 0xFFFFFFFF)
         state >>= 32
-    return np.array(words, dtype="<u4").tobytes().rstrip(b"\0")
+    return np.array(out, dtype="<u4").tobytes().rstrip(b"\0")
 
 
 class AnsDecoder:
-    """The `count` symbols of a payload, first to last. Raises BitstreamError where the payload is not their code."""
+    """The `count` words below `size` of a payload, in order; BitstreamError where the payload is not their code."""
 
-    def __init__(self, payload: bytes, count: int) -> None:
+    def __init__(self, payload: bytes, count: int, size: int) -> None:
         if payload.endswith(b"\0"):
             raise BitstreamError("The payload is padded with zeros.")
         self.words = np.frombuffer(payload + bytes(-len(payload) % 4), dtype="<u4").tolist()
-        self.state, self.count = 0, count
+        self.seeds, self.size, self.state = seed_length(count, size), size, 0
+        self.coded = count - self.seeds
         self._refill()
         self._refill()
 
@@ -363,13 +367,13 @@ class AnsDecoder:
             self.state = self.state << 32 | self.words.pop()
 
     def decode(self, cumulative: Indices) -> Indices:
-        """(N, S + 1) cumulative frequencies of the next N symbols to those symbols (N,)."""
+        """(N, S + 1) cumulative frequencies of the next N words to those words (N,)."""
         out = np.empty(len(cumulative), dtype=np.int64)
         for n, row in enumerate(cumulative):
-            self.count -= 1
-            if not self.count:
-                out[n] = self._last(len(row) - 1)
-                break
+            if not self.coded:
+                out[n] = self._seed()
+                continue
+            self.coded -= 1
             place = self.state & (2**PRECISION - 1)
             word = out[n] = row.searchsorted(place, "right") - 1
             low, end = row[word : word + 2].tolist()
@@ -377,8 +381,10 @@ class AnsDecoder:
             self._refill()
         return out
 
-    def _last(self, size: int) -> int:
-        """The state that the coder started with, which must be a word."""
-        if self.words or self.state >= size:
+    def _seed(self) -> int:
+        """The next of the words with which the coder started: the digits of the state that is left."""
+        if self.words or self.state >= self.size**self.seeds:
             raise BitstreamError("The payload does not end where its indices end.")
-        return self.state
+        self.seeds -= 1
+        word, self.state = divmod(self.state, self.size**self.seeds)
+        return word
