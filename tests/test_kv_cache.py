@@ -25,7 +25,7 @@ from vtc.generators.kv_cache.scalekv import ScaleKV, pooled_on_maps, upstream_se
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
 from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
-from vtc.generators.kv_cache.storage import TokenBuffer
+from vtc.generators.kv_cache.storage import MixedBuffer, MixedPrecision, TokenBuffer
 from vtc.generators.kv_cache.wrappers import AdaptiveHeads, PerLayer, head_budgets
 
 
@@ -106,7 +106,7 @@ def test_policies_of_scales_refuse_a_raster_model_and_say_why(policy: str, tiny:
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "hack", "heatkv"])
-@pytest.mark.parametrize("storage", [torch.bfloat16, "int8"])
+@pytest.mark.parametrize("storage", [torch.bfloat16, "int8", "int4"])
 def test_storage_goes_with_any_policy(policy: str, storage: Any, tiny: dict[str, Tiny],
                                       full_logits: dict[str, Tensor]) -> None:
     schedule = tiny["var"].schedule
@@ -115,8 +115,29 @@ def test_storage_goes_with_any_policy(policy: str, storage: Any, tiny: dict[str,
     a, b = tiny["var"].run(exact), tiny["var"].run(small)
     assert small.kept(0) == exact.kept(0)
     head = schedule.head_dim
-    assert small.nbytes() * 4 * head == exact.nbytes() * (2 * head if storage != "int8" else head + 2)
-    assert 0 < (a - b).abs().mean() < 0.15 * full_logits["var"].std()
+    per_token = {torch.bfloat16: 2 * head, "int8": head + 2, "int4": head // 2 + 2}[storage]
+    assert small.nbytes() * 4 * head == exact.nbytes() * per_token
+    assert 0 < (a - b).abs().mean() < (0.4 if storage == "int4" else 0.15) * full_logits["var"].std()
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "h2o", "hack", "heatkv", "scalekv"])
+def test_mixed_precision_goes_with_any_policy(policy: str, tiny: dict[str, Tiny]) -> None:
+    schedule = tiny["var"].schedule
+    exact = KVCache(schedule, POLICIES[policy](schedule, 15))
+    logits = tiny["var"].run(exact)
+    errors = []
+    for storage in (MixedPrecision(0.25), MixedPrecision(0.25, coarse="int8"), MixedPrecision(0.25, coarse=None)):
+        cache = KVCache(schedule, POLICIES[policy](schedule, 15), storage)
+        heard = watched(cache)
+        errors.append((tiny["var"].run(cache) - logits).abs().mean().item())
+        assert len(heard) == schedule.steps * schedule.layers
+        assert cache.kept(0) == exact.kept(0)
+        head = schedule.head_dim
+        fine = [max(1, round(0.25 * k)) for i in range(schedule.layers) for k in cache.kept(i)]
+        coarse = [k - f for k, f in zip((k for i in range(3) for k in cache.kept(i)), fine, strict=True)]
+        per_token = {"int4": head // 2 + 2, "int8": head + 2, None: 4 * head}[storage.coarse]  # type: ignore[index]
+        assert cache.nbytes() == 2 * 4 * (sum(fine) * 4 * head + sum(coarse) * per_token)
+    assert errors[0] > errors[1] > errors[2] == pytest.approx(0, abs=1e-6)
 
 
 def candidates(q: Tensor, k: Tensor, sizes: tuple[tuple[int, int], ...], step: int, tokens: Tensor | None = None,
@@ -320,6 +341,30 @@ def test_the_buffer_grows_takes_and_stores_small() -> None:
     error = (small.read(torch.float32) - x).abs()
     assert (error <= x.abs().amax(-1, keepdim=True) / 127 * 0.51).all()
     assert small.nbytes == 2 * 3 * 10 * (4 + 2)
+    tiny = TokenBuffer("int4")
+    tiny.append(x)
+    error = (tiny.read(torch.float32) - x).abs()
+    assert (error <= x.abs().amax(-1, keepdim=True) / 7 * 0.51).all()
+    assert tiny.nbytes == 2 * 3 * 10 * (2 + 2)
+
+
+def test_the_mixed_buffer_keeps_the_order_and_the_fine_tokens() -> None:
+    torch.manual_seed(0)
+    x, more = torch.randn(2, 3, 6, 4), torch.randn(2, 3, 2, 4)
+    fine = torch.tensor([[0, 5], [1, 2], [3, 4]]).expand(2, 3, 2)
+    buffer = MixedBuffer(MixedPrecision(0.3, coarse="int8"))
+    buffer.append(x)
+    assert torch.equal(buffer.read(torch.float32), x)
+    buffer.split(fine)
+    read = buffer.read(torch.float32)
+    at = fine[..., None].expand(2, 3, 2, 4)
+    assert torch.equal(read.gather(2, at), x.gather(2, at))
+    assert 0 < (read - x).abs().max() < 0.02
+    assert buffer.nbytes == 2 * 3 * (2 * 16 + 4 * 6)
+    buffer.append(more)
+    assert torch.equal(buffer.read(torch.float32), torch.cat([read, more], 2))
+    buffer.truncate(3)
+    assert torch.equal(buffer.read(torch.float32), read[:, :, :3])
 
 
 def test_a_budget_is_a_share_of_what_it_says() -> None:
@@ -334,7 +379,8 @@ def test_a_budget_is_a_share_of_what_it_says() -> None:
     lambda: StreamingLLM(3, 4), lambda: SlidingScales(0), lambda: H2O(0), lambda: H2O(5, recent=2), lambda: SnapKV(8),
     lambda: SnapKV(32, pool=4), lambda: PyramidKV(32, beta=0.5), lambda: HACK(((0,),)),
     lambda: HACK(((0,),), 9, contextual_share=0), lambda: ScaleKV(((),), 8), lambda: ScaleKV(((),), 32, pool=2),
-    lambda: AdaptiveHeads(SlidingScales(), ((1,),)), lambda: AdaptiveHeads(SnapKV(20), ((20, 3),))])
+    lambda: MixedPrecision(1.0), lambda: AdaptiveHeads(SlidingScales(), ((1,),)),
+    lambda: AdaptiveHeads(SnapKV(20), ((20, 3),))])
 def test_impossible_hyper_parameters_are_refused(make: Any) -> None:
     with pytest.raises(ConfigError):
         make()

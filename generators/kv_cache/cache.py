@@ -23,7 +23,7 @@ from vtc.errors import ConfigError
 from vtc.generators.kv_cache.full import Full
 from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
 from vtc.generators.kv_cache.schedule import Schedule
-from vtc.generators.kv_cache.storage import Storage, TokenBuffer, gather
+from vtc.generators.kv_cache.storage import MixedBuffer, MixedPrecision, Storage, TokenBuffer, gather
 
 
 @dataclass
@@ -31,8 +31,8 @@ class HeadGroup:
     """Heads that keep equally many tokens: their keys and values, and which tokens these are."""
 
     heads: Heads
-    k: TokenBuffer
-    v: TokenBuffer
+    k: TokenBuffer | MixedBuffer
+    v: TokenBuffer | MixedBuffer
     tokens: Tensor | None = None  # (1 | B, 1 | h, n) int64
     scores: Tensor | None = None  # (B, h, n) float32, the policy's own
 
@@ -52,7 +52,8 @@ class KVCache:
     """The keys and values of one generation.
 
     policy: by default everything of the steps before the last stays.
-    storage: another float type, or "int8", for what is stored; the step that runs sees its own keys as they are.
+    storage: another float type, "int8", "int4" or `MixedPrecision` for what is stored; the step that runs sees its own
+        keys as they are.
     batch_halves: the batch is two halves of guidance, conditional and not, which shall keep the same tokens.
     """
 
@@ -67,7 +68,9 @@ class KVCache:
                         self.policy.heads(self.schedule, layer)] for layer in range(self.schedule.layers)]
         self._peak = 0
 
-    def _buffer(self) -> TokenBuffer:
+    def _buffer(self) -> TokenBuffer | MixedBuffer:
+        if isinstance(self.storage, MixedPrecision):
+            return MixedBuffer(self.storage)
         # A policy that keeps all knows how much that is; any other grows as it goes.
         return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0)
 
@@ -122,7 +125,7 @@ class KVCache:
             self._store(group, seen, chosen if isinstance(chosen, Tensor) else None)
             self._peak = max(self._peak, self.nbytes())
         elif new > 1 and self.schedule.raster and self.policy.keeps_all:
-            # Several steps at once, of which only the very last is never read again: `truncate` may take some back.
+            # Several steps at once, of which only the very last is never read again; `truncate` may take some back.
             group.k.append(k[:, :, :-1])
             group.v.append(v[:, :, :-1])
             group.tokens = seen.tokens[..., :-1]
@@ -141,6 +144,20 @@ class KVCache:
         if indices is not None:
             group.k.take(indices)
             group.v.take(indices)
+        if isinstance(self.storage, MixedPrecision):
+            self._split(group, seen, keep)
+
+    def _split(self, group: HeadGroup, seen: Candidates, keep: Tensor | None) -> None:
+        """The stored tokens with the most attention lie finely, the others coarsely."""
+        assert isinstance(self.storage, MixedPrecision)
+        received = seen.attention(seen.spaced_queries(self.storage.queries)).sum(2)
+        if keep is not None:
+            received = received.gather(2, keep.expand(*received.shape[:2], -1))
+        kept = replace(seen, k=seen.k[:, :, : received.shape[2]])  # as many keys as there are scores
+        fine = kept.top(received, max(1, round(self.storage.share * received.shape[2])))
+        for buffer in (group.k, group.v):
+            assert isinstance(buffer, MixedBuffer)
+            buffer.split(fine)
 
     @staticmethod
     def _with(buffer: TokenBuffer, x: Tensor, written: bool) -> Tensor:
@@ -154,8 +171,9 @@ class KVCache:
             raise ConfigError(f"What {type(self.policy).__name__} has dropped does not come back: only a cache that "
                               "keeps all can be truncated.")
         for group in (group for layer in self.groups for group in layer):
-            if group.tokens is not None and group.k.length > tokens:
-                group.k.length = group.v.length = tokens
+            if group.tokens is not None:
+                group.k.truncate(tokens)
+                group.v.truncate(tokens)
                 group.tokens = group.tokens[..., :tokens]
 
     def nbytes(self, metadata: bool = False) -> int:

@@ -1,14 +1,38 @@
-"""How keys and values lie in memory: as they come, in another float type, or as int8 with a step a token."""
+"""How keys and values lie in memory: as they come, in another float type, in 8 or 4 bits, or some finer than others."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-#: "int8": 127 levels to each side of zero, and one float16 step for each token and head
-Storage = torch.dtype | Literal["int8"] | None
+from vtc.errors import ConfigError
+
+#: "int8" and "int4": 127 or 7 levels to each side of zero, and one float16 step for each token and head
+Uniform = torch.dtype | Literal["int8", "int4"] | None
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """A share of the tokens, those with the most attention, stored finely and the rest coarsely: ZipVL (2410.08584).
+
+    Each head chooses anew at every step, from the attention of `queries` of the step's queries, evenly spaced. ZipVL
+    lets the share follow the attention; here it is fixed, so that memory is known beforehand.
+    """
+
+    share: float = 0.2
+    fine: Uniform = None
+    coarse: Uniform = "int4"
+    queries: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1 or self.queries < 1:
+            raise ConfigError(f"Mixed precision takes a share between 0 and 1 and at least one query, not {self}.")
+
+
+Storage = Uniform | MixedPrecision
 
 
 class TokenBuffer:
@@ -18,10 +42,10 @@ class TokenBuffer:
     capacity: tokens to allocate for at first; where more come, memory grows by half.
     """
 
-    def __init__(self, storage: Storage = None, capacity: int = 0) -> None:
+    def __init__(self, storage: Uniform = None, capacity: int = 0) -> None:
         self.storage, self.capacity, self.length = storage, capacity, 0
         self.values: Tensor | None = None
-        self.steps: Tensor | None = None  # (B, h, n, 1) float16, int8 alone
+        self.steps: Tensor | None = None  # (B, h, n, 1) float16, of whole numbers alone
 
     def append(self, x: Tensor) -> None:
         """Add (B, h, m, D) at the end."""
@@ -40,14 +64,20 @@ class TokenBuffer:
         self.steps = None if self.steps is None else gather(self.steps[:, :, : self.length], indices)
         self.length = self.capacity = indices.shape[-1]
 
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first tokens."""
+        self.length = min(self.length, tokens)
+
     def read(self, dtype: torch.dtype) -> Tensor:
         """(B, h, n, D) in `dtype`; a view where that is how they lie."""
         if self.values is None:
             raise ValueError("nothing was stored")
         values = self.values[:, :, : self.length]
-        if self.steps is not None:
-            return values.to(dtype) * self.steps[:, :, : self.length].to(dtype)
-        return values.to(dtype)
+        if self.steps is None:
+            return values.to(dtype)
+        if self.storage == "int4":  # two to a byte, each 8 above its value
+            values = torch.stack([values & 15, values >> 4], -1).flatten(-2).to(dtype) - 8
+        return values.to(dtype) * self.steps[:, :, : self.length].to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +94,57 @@ class TokenBuffer:
         return new
 
 
+class MixedBuffer:
+    """A `TokenBuffer` in two parts, fine and coarse; it reads in the order in which the tokens came.
+
+    What was appended or taken waits as it is until `split` says which of all tokens are fine.
+    """
+
+    def __init__(self, storage: MixedPrecision) -> None:
+        self.storage, self.length = storage, 0
+        self.waiting: Tensor | None = None
+        self.fine, self.coarse = TokenBuffer(storage.fine), TokenBuffer(storage.coarse)
+        self.place: Tensor | None = None  # (B, h, n) where each token lies in fine and coarse, one after the other
+
+    def append(self, x: Tensor) -> None:
+        """Add (B, h, m, D) at the end."""
+        self.waiting = x if self.length == 0 else torch.cat([self.read(x.dtype), x], 2)
+        self.length, self.place = self.waiting.shape[2], None
+
+    def take(self, indices: Tensor) -> None:
+        """Keep the tokens `indices`, (m,) for all or (B | 1, h | 1, m), in this order."""
+        self.waiting = gather(self.read(torch.float32), indices)
+        self.length, self.place = indices.shape[-1], None
+
+    def split(self, fine: Tensor) -> None:
+        """Store the tokens `fine`, (B, h, m), finely and the others coarsely."""
+        x = self.read(torch.float32 if self.waiting is None else self.waiting.dtype)
+        coarse = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device).scatter(2, fine, False)
+        order = torch.cat([fine, coarse.nonzero()[:, 2].view(*x.shape[:2], -1)], 2)
+        self.fine, self.coarse = TokenBuffer(self.storage.fine), TokenBuffer(self.storage.coarse)
+        self.fine.append(gather(x, order[..., : fine.shape[2]]))
+        self.coarse.append(gather(x, order[..., fine.shape[2] :]))
+        self.place, self.waiting = order.argsort(-1), None
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first tokens."""
+        if tokens < self.length:
+            self.take(torch.arange(tokens))
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """(B, h, n, D) in `dtype`."""
+        if self.waiting is not None:
+            return self.waiting.to(dtype)
+        if self.place is None:
+            raise ValueError("nothing was stored")
+        return gather(torch.cat([self.fine.read(dtype), self.coarse.read(dtype)], 2), self.place)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors; the tokens' places are metadata."""
+        return self.waiting.nbytes if self.waiting is not None else self.fine.nbytes + self.coarse.nbytes
+
+
 def gather(x: Tensor, indices: Tensor) -> Tensor:
     """(B, h, n, D) at (m,) or (B | 1, h | 1, m) to (B, h, m, D)."""
     if indices.ndim == 1:
@@ -72,10 +153,15 @@ def gather(x: Tensor, indices: Tensor) -> Tensor:
     return x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
-def _stored(x: Tensor, storage: Storage) -> tuple[Tensor, Tensor | None]:
+def _stored(x: Tensor, storage: Uniform) -> tuple[Tensor, Tensor | None]:
     if storage is None:
         return x, None
-    if storage != "int8":
+    if isinstance(storage, torch.dtype):
         return x.to(storage), None
-    step = (x.abs().amax(-1, keepdim=True) / 127).half().clamp(min=torch.finfo(torch.float16).tiny)
-    return (x / step.to(x.dtype)).round().clamp(-127, 127).to(torch.int8), step
+    levels = 127 if storage == "int8" else 7
+    step = (x.abs().amax(-1, keepdim=True) / levels).half().clamp(min=torch.finfo(torch.float16).tiny)
+    whole = (x / step.to(x.dtype)).round().clamp(-levels, levels)
+    if storage == "int8":
+        return whole.to(torch.int8), step
+    low, high = (whole + 8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4, step
