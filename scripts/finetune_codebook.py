@@ -4,9 +4,9 @@
         --validation_data_dir holdout/ --output_dir runs/family
 
 or plain `python`. Clusters the codebook (K-means over its words), fine-tunes how the decoder reads the new words,
-counts the entropy-coding tables, checks on the validation pictures that LPIPS falls and the rate grows with the number
-of words, and only then writes `family.safetensors` into the model's folder (or to --output). A run that was stopped
-goes on: finished members lie in --output_dir.
+counts the entropy-coding tables, keeps on the validation pictures what the tuning made better, checks that LPIPS falls
+and the rate grows with the number of words, and only then writes `family.safetensors` into the model's folder (or to
+--output). A run that was stopped goes on: finished members lie in --output_dir.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vtc.files import write_file
 from vtc.images import load_image
 from vtc.models import load_tokenizer
 from vtc.tokenizers.base import Tokenizer
-from vtc.tokenizers.codebook_clustering import cluster_codebook
+from vtc.tokenizers.codebook_clustering import cluster_codebook, with_codebook
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
@@ -90,10 +90,8 @@ def make(args: argparse.Namespace) -> None:
         set_table(members[size], counts)
     made = args.output_dir / FAMILY
     TokenizerFamily.of(base, dict(members)).save(made)
-    family = TokenizerFamily.load(made)
     if args.validation_data_dir:
-        check({**{size: family.member(base, size) for size in family.about.sizes},
-               base.quantizer.codebook_size: base}, args)
+        choose(base, made, recipe, args)
     output = args.output or hub.fetch(args.model, hub.WEIGHTS).parent / FAMILY
     if output.resolve() != made.resolve():
         write_file(output, made.read_bytes())
@@ -138,16 +136,33 @@ def finished_tensors(path: Path, identity: str) -> dict[str, Tensor] | None:
     return load_file(path)
 
 
-def check(models: dict[int, Tokenizer], args: argparse.Namespace) -> None:
-    """Measure all on the validation pictures, write report.json; TrainingError where more words are not better."""
+def choose(base: LocalVQ, made: Path, recipe: CodebookRecipe, args: argparse.Namespace) -> None:
+    """Measure all members on the validation pictures, and those that were tuned also with the base's decoder.
+
+    A member whose tuning did not lower LPIPS keeps that decoder; its tokens and table are the same. Rewrites `made`,
+    writes report.json, and raises TrainingError where more words are not better in the end.
+    """
     pictures = [load_image(path).tensor() for path in image_files(args.validation_data_dir)]
     if not pictures:
         raise ConfigError(f"There are no pictures in {args.validation_data_dir}.")
     judge = LPIPS("alex", args.lpips_weights)
-    report: dict[int, dict[str, float]] = {}
-    for size in sorted(models):
-        report[size] = evaluate(models[size], pictures, judge)  # type: ignore[arg-type]  # all are LocalVQ
-        print(f"S={size}: " + ", ".join(f"{name} {value:.4f}" for name, value in report[size].items()), flush=True)
+    family = TokenizerFamily.load(made)
+    kept: dict[int, Tokenizer] = {}
+    report: dict[int, dict[str, float | bool]] = {}
+    for size in (*family.about.sizes, base.quantizer.codebook_size):
+        model = family.member(base, size) if size in family.members else base
+        result: dict[str, float | bool] = {**evaluate(model, pictures, judge), "tuned": False}
+        if size in family.members and recipe.steps(size):
+            plain = with_codebook(base, model.quantizer.codebook).eval()
+            plain.token_frequencies = model.token_frequencies
+            untuned = evaluate(plain, pictures, judge)
+            result |= {"tuned": result["lpips_alex"] < untuned["lpips_alex"],
+                       "lpips_alex_tuned": result["lpips_alex"], "lpips_alex_untuned": untuned["lpips_alex"]}
+            if not result["tuned"]:
+                model, result = plain, {**result, **untuned}
+        kept[size], report[size] = model, result
+        print(f"S={size}: " + ", ".join(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
+    TokenizerFamily.of(base, {size: kept[size] for size in family.about.sizes}).save(made)
     write_file(args.output_dir / "report.json", json.dumps(report, indent=1).encode() + b"\n")
     for small, large in pairwise(sorted(report)):
         for measure, sign in (("lpips_alex", -1), ("codebook_entropy_bits", 1)):

@@ -314,12 +314,35 @@ def test_one_command_makes_a_family(material, capsys):
     assert "is of another recipe or base" in capsys.readouterr().err
 
 
+def pretend(monkeypatch, lpips: dict[int, tuple[float, float]]) -> None:
+    """Let the script measure these (tuned, untuned) LPIPS by size; the entropy is log2 of the size."""
+    script = import_module("scripts.finetune_codebook")
+    seen = []
+
+    def evaluate(model, pictures, judge):
+        size = model.quantizer.codebook_size
+        seen.append(size)
+        return {"lpips_alex": lpips[size][seen.count(size) - 1], "codebook_entropy_bits": float(np.log2(size))}
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+
+
+@needs_shared("weights")
+def test_a_member_keeps_what_tuning_made_better(material, monkeypatch):
+    pretend(monkeypatch, {4: (0.6, 0.7), 8: (0.5, 0.45), 64: (0.4, 0.4)})
+    assert make(material, "--validation_data_dir", str(material / "photographs")) == 0
+    base, tuned, untuned = (load_tokenizer(material / "model", size=size) for size in (None, 4, 8))
+    assert not torch.equal(tuned.decoder.stem.weight, base.decoder.stem.weight)
+    assert torch.equal(untuned.decoder.stem.weight, base.decoder.stem.weight)
+    assert len(untuned.token_frequencies.unique()) > 1  # counted, not those of a new model
+    report = json.loads((material / "run" / "report.json").read_text())
+    assert [report[size]["tuned"] for size in ("4", "8", "64")] == [True, False, False]
+    assert [report[size]["lpips_alex"] for size in ("4", "8", "64")] == [0.6, 0.45, 0.4]
+
+
 @needs_shared("weights")
 def test_a_family_out_of_order_is_not_written(material, capsys, monkeypatch):
-    script = import_module("scripts.finetune_codebook")
-    measures = iter([{"lpips_alex": 0.5, "codebook_entropy_bits": 2.0}, {"lpips_alex": 0.5, "codebook_entropy_bits": 3},
-                     {"lpips_alex": 0.4, "codebook_entropy_bits": 6.0}])
-    monkeypatch.setattr(script, "evaluate", lambda *arguments: next(measures))
+    pretend(monkeypatch, {4: (0.5, 0.6), 8: (0.5, 0.6), 64: (0.4, 0.4)})
     assert make(material, "--validation_data_dir", str(material / "photographs")) == 1
     assert "lpips_alex does not get smaller from 4 to 8 words (0.5000 to 0.5000)" in capsys.readouterr().err
     assert not (material / "model" / FAMILY).exists() and (material / "run" / FAMILY).exists()
