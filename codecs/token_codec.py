@@ -20,6 +20,7 @@ from vtc.codecs.container import Coder, Container
 from vtc.codecs.entropy import Indices
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
+from vtc.tokenizers.extra_words import takes_extra_words, with_extra_words
 from vtc.tokenizers.tiling import decode_tiled, encode_tiled
 
 
@@ -43,10 +44,16 @@ class Prior(Protocol):
 
 
 class Concealer(Protocol):
-    """Guesses lost tokens of one grid from their neighbours: `vtc.codecs.concealer.Concealer`."""
+    """Guesses lost tokens of one grid from those around them: `vtc.codecs.concealer.Concealer`.
+
+    indices (B, L) int64 of a grid of (rows, columns), row by row; those marked in `lost` (B, L) bool are not read.
+    """
 
     def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
-        """Indices (B, L) int64 with those marked in `lost` (B, L) bool replaced; what is marked is not read."""
+        """Indices (B, L) in which the lost ones are guessed words of the codebook (K, d)."""
+
+    def conceal_codes(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
+        """Codewords (B, L, d), in which the lost ones are guesses that need not be words."""
 
 
 class Received(NamedTuple):
@@ -127,7 +134,21 @@ class TokenCodec:
             self._refuse_loss(received)
         if received.stages is not None and received.lost.any():
             return self._image(self.tokenizer.decode_stages(tokens, self._shown(received)), tokens)
+        if (received.lost.any() and self.concealer is not None and self.codewords is not None
+                and _is_one_grid(tokens.layout) and takes_extra_words(self.tokenizer)):
+            return self._image(self._draw_guesses(received, self.concealer, self.codewords, generator), tokens)
         return self._image(decode_tiled(self.tokenizer, self.conceal(received), generator), tokens)
+
+    def _draw_guesses(self, received: Received, concealer: Concealer, codewords: Tensor,
+                      generator: torch.Generator | None) -> Tensor:
+        """The images with vectors between the words where tokens are lost: each becomes one more word."""
+        tokens, lost = received.tokens, received.lost[..., 0]
+        _refuse_nothing(received)
+        codes = concealer.conceal_codes(tokens.indices[..., 0], lost, tokens.layout.scales[0],
+                                        codewords.to(tokens.indices.device))
+        words, indices = codes[lost], tokens.indices.clone()
+        indices[lost] = len(codewords) + torch.arange(len(words), device=indices.device)[:, None]
+        return decode_tiled(with_extra_words(self.tokenizer, words), replace(tokens, indices=indices), generator)
 
     @torch.no_grad()
     def draw_stages(self, received: Received, strict: bool = False) -> list[Tensor]:
@@ -165,8 +186,7 @@ class TokenCodec:
         tokens, lost = received.tokens, received.lost
         if not lost.any():
             return tokens
-        if lost.all():
-            raise BitstreamError("All tokens of the stream are lost: there is nothing to show.")
+        _refuse_nothing(received)
         if self.concealer is not None and self.codewords is not None and _is_one_grid(tokens.layout):
             guessed = self.concealer.conceal(tokens.indices[..., 0], lost[..., 0], tokens.layout.scales[0],
                                              self.codewords.to(tokens.indices.device))[..., None]
@@ -293,6 +313,11 @@ class TokenCodec:
             what = "another prior or other weights" if parsed.coder == Coder.PRIOR else "other weights"
             raise ModelError(f"The stream was made with {what} of model {parsed.model_id}: its fingerprint is "
                              f"{parsed.fingerprint.hex()}, and this model's is {expected.hex()}.")
+
+
+def _refuse_nothing(received: Received) -> None:
+    if received.lost.all():
+        raise BitstreamError("All tokens of the stream are lost: there is nothing to show.")
 
 
 def _is_one_grid(layout: TokenLayout) -> bool:

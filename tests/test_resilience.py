@@ -550,6 +550,9 @@ def test_the_concealer_is_asked_and_only_for_what_is_lost():
             assert indices.shape == lost.shape == (1, 1536) and grid == (32, 48) and codebook.shape == (64, 3)
             return torch.where(lost, 7, indices)
 
+        def conceal_codes(self, indices, lost, grid, codebook):
+            return codebook[self.conceal(indices, lost, grid, codebook)]
+
     codec = TokenCodec(TinyGrid(), concealer=Constant())
     tokens = codec.decompress_tokens(KODAK_STREAM[: SPANS[7][0]])
     assert torch.equal(tokens.indices[0, :, 0], torch.where(torch.from_numpy(KODAK_CHUNK == 7), 7,
@@ -557,6 +560,37 @@ def test_the_concealer_is_asked_and_only_for_what_is_lost():
     layers = TokenCodec(TinyLevels(), concealer=Constant())  # several groups: from neighbours
     (stream,) = layers.compress_tokens(random_tokens("levels", 64, 64), resilience=4)
     assert layers.receive(stream[:-60]).lost.any() and len(layers.decompress([stream[:-60]])) == 1
+
+
+def test_guesses_that_are_no_words_are_drawn():
+    """A concealer that knows the codes between words: the picture is what the decoder makes of them."""
+    torch.manual_seed(0)
+    model = LocalVQ(codebook_size=64, dim=4, encoder_widths=(8, 8, 8), decoder_widths=(8, 8, 8, 8)).eval()
+
+    class Mean:
+        def conceal(self, indices, lost, grid, codebook):
+            return torch.where(lost, 0, indices)
+
+        def conceal_codes(self, indices, lost, grid, codebook):
+            return torch.where(lost[..., None], codebook.mean(0), codebook[indices])
+
+    codec = TokenCodec(model, concealer=Mean())
+    (stream,) = codec.compress(smooth(64, 96), resilience=4)
+    start, end = spans(stream)[2]
+    received = codec.receive(stream[:start] + stream[end:])
+    codebook = model.quantizer.codewords
+    codes = codebook[received.tokens.indices[..., 0]]
+    codes[received.lost[..., 0]] = codebook.mean(0)
+    with torch.no_grad():
+        expected = model.reconstruct(codes.view(1, 4, 6, 4).permute(0, 3, 1, 2)).clamp(0, 1)[0]
+    assert torch.allclose(codec.draw(received), expected, atol=1e-6)
+    assert (codec.conceal(received).indices[received.lost] == 0).all()
+    with pytest.raises(BitstreamError, match="are lost"):
+        codec.draw(received, strict=True)
+    nothing = received._replace(lost=torch.ones_like(received.lost))
+    for show in (codec.draw, codec.conceal):
+        with pytest.raises(BitstreamError, match="All tokens of the stream are lost"):
+            show(nothing)
 
 
 def test_concealed_pictures_are_near_the_picture():

@@ -17,6 +17,9 @@ from vtc.errors import ModelError
 from vtc.tokenizers.classes import TOKENIZER_CLASSES
 
 if TYPE_CHECKING:
+    from vtc.codecs.concealer import Concealer
+    from vtc.codecs.prior import TokenPrior
+    from vtc.codecs.token_codec import TokenCodec
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
@@ -142,8 +145,61 @@ def _members(path: Path, changed: int) -> FamilyMembers:
     return FamilyMembers.read(path)
 
 
-def size_of(name_or_path: str | Path, fingerprint: bytes) -> int | None:
-    """The size of the member of a model's family that a stream with this fingerprint needs; None: the model itself."""
+def size_of(name_or_path: str | Path, fingerprint: bytes, with_prior: bool = False) -> int | None:
+    """The size of the member of a model's family that a stream with this fingerprint needs; None: the model itself.
+
+    with_prior: the stream is coded with the prior in the model's folder, so its fingerprint names both.
+    """
     family = family_of(name_or_path)
-    known = {} if family is None else {hexadecimal: size for size, hexadecimal in family.fingerprints.items()}
-    return known.get(fingerprint.hex())
+    known = {} if family is None else {in_streams(hexadecimal, name_or_path, with_prior): size
+                                       for size, hexadecimal in family.fingerprints.items()}
+    return known.get(fingerprint)
+
+
+def in_streams(fingerprint: str, name_or_path: str | Path, with_prior: bool = False) -> bytes:
+    """A model's fingerprint (hexadecimal) as its streams have it, where they are coded with the prior beside it."""
+    prior = companions(name_or_path)[0] if with_prior else None
+    if prior is None:
+        return bytes.fromhex(fingerprint)
+    from vtc.codecs.container import with_prior as both
+
+    return both(bytes.fromhex(fingerprint), prior.fingerprint)
+
+
+def load_codec(name_or_path: str | Path = DEFAULT_MODEL, allow_download: bool = True, size: int | None = None,
+               ) -> TokenCodec:
+    """The codec of a model: its tokenizer, with the prior and the concealer that lie in its folder, if any.
+
+    Arguments and errors as of `load_tokenizer`.
+    """
+    from vtc.codecs.token_codec import TokenCodec
+
+    return TokenCodec(load_tokenizer(name_or_path, allow_download, size), *companions(name_or_path))
+
+
+def companions(name_or_path: str | Path, device: str = "cpu") -> tuple[TokenPrior | None, Concealer | None]:
+    """The prior and the concealer in a model's folder; a repository on the Hub is not asked. Raises ModelError."""
+    from vtc import hub
+    from vtc.codecs.concealer import CONCEALER
+    from vtc.codecs.prior import FILE as PRIOR
+
+    name = str(name_or_path)
+    name = MEMBERS[name][0] if name in MEMBERS else name
+    folder = hub.BUNDLED / name if name in MODEL_IDS else Path(name)
+    prior, concealer = folder / PRIOR, folder / CONCEALER
+    return (_prior(prior, prior.stat().st_mtime_ns, device) if prior.is_file() else None,
+            _concealer(concealer, concealer.stat().st_mtime_ns, device) if concealer.is_file() else None)
+
+
+@lru_cache(maxsize=4)
+def _prior(path: Path, changed: int, device: str) -> TokenPrior:
+    from vtc.codecs.prior import TokenPrior
+
+    return TokenPrior.load(path, device)
+
+
+@lru_cache(maxsize=4)
+def _concealer(path: Path, changed: int, device: str) -> Concealer:
+    from vtc.codecs.concealer import Concealer
+
+    return Concealer.load(path).to(device)

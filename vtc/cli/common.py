@@ -25,6 +25,7 @@ from vtc.errors import ConfigError, FileError, VtcError, first_sentence, sentenc
 from vtc.files import reason, write_file
 
 if TYPE_CHECKING:
+    from vtc.codecs.token_codec import TokenCodec
     from vtc.tokenizers.base import Tokenizer
 
 #: exit codes; argparse ends usage errors with 2
@@ -104,6 +105,16 @@ def load_model(name_or_path: str, device: str, size: int | None = None) -> Token
         return tokenizer.to(device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"The device {device} is not available: {first_sentence(error)}.") from error
+
+
+def load_codec(name_or_path: str, device: str, size: int | None = None, max_pixels: int = 2**28) -> TokenCodec:
+    """The codec of a model, or of the member of its family with `size` words, with its prior and its concealer."""
+    from vtc.codecs.token_codec import TokenCodec
+    from vtc.models import companions
+
+    tokenizer = load_model(name_or_path, device, size)
+    prior, concealer = companions(name_or_path, device)
+    return TokenCodec(tokenizer, prior, concealer, max_pixels)
 
 
 def say(text: str) -> None:

@@ -18,7 +18,7 @@ from vtc.cli.common import (
     add_arguments,
     emit,
     guarded,
-    load_model,
+    load_codec,
     not_called,
     run,
     say,
@@ -28,7 +28,7 @@ from vtc.cli.common import (
 from vtc.cli.plan import Task, UsageError, plan
 from vtc.errors import ModelError, VtcError
 from vtc.files import read_file
-from vtc.models import FINGERPRINTS, name_of, size_of
+from vtc.models import FINGERPRINTS, in_streams, name_of, size_of
 
 if TYPE_CHECKING:
     from vtc.codecs.chunks import ChunkedContainer
@@ -100,7 +100,7 @@ def _format_of(path: str, wanted: str | None) -> str:
 
 def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task], Made]:
     from vtc.codecs import chunks
-    from vtc.codecs.token_codec import TokenCodec
+    from vtc.codecs.container import Coder
     from vtc.images import MAX_PIXELS, encode_image
 
     model: str | None = args.model
@@ -111,7 +111,7 @@ def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task
     def codec_for(name: str, size: int | None = None) -> TokenCodec:
         with loading:
             if (name, size) not in codecs:
-                codecs[name, size] = TokenCodec(load_model(name, args.device, size), max_pixels=MAX_PIXELS)
+                codecs[name, size] = load_codec(name, args.device, size, MAX_PIXELS)
             return codecs[name, size]
 
     if model is not None:
@@ -121,7 +121,10 @@ def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task
         stream = read_file(task.source)
         header = chunks.read(stream, MAX_PIXELS)
         start = time.perf_counter()
-        codec = codec_for(model, size_of(model, header.fingerprint)) if model else codec_for(_bundled_model(header))
+        if model:
+            codec = codec_for(model, size_of(model, header.fingerprint, header.coder == Coder.PRIOR))
+        else:
+            codec = codec_for(_bundled_model(header))
         loading = time.perf_counter() - start
         received = codec.receive(stream)
         notes = [loss] if (loss := _loss(received)) else []
@@ -147,9 +150,13 @@ def _loss(received: Received) -> str:
 
 
 def _bundled_model(header: Container | ChunkedContainer) -> str:
+    from vtc.codecs.container import Coder
+
     name = name_of(header.model_id)
     if header.model_id == 0:  # the model was given as a folder, which may hold a copy of a bundled one
-        name = next((name for name, known in FINGERPRINTS.items() if known == header.fingerprint.hex()), None)
+        learned = header.coder == Coder.PRIOR
+        name = next((name for name, known in FINGERPRINTS.items()
+                     if in_streams(known, name, learned) == header.fingerprint), None)
     if name is None:
         which = f"model number {header.model_id}" if header.model_id else "a model of its own"
         raise ModelError(f"The stream was made with {which} (fingerprint {header.fingerprint.hex()}), which this "

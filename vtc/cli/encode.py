@@ -7,10 +7,14 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from vtc.cli.common import Made, add_arguments, guarded, load_model, not_called, run, share_cpus
+from vtc.cli.common import Made, add_arguments, guarded, load_codec, not_called, run, share_cpus
 from vtc.cli.plan import Task, UsageError, plan
 from vtc.models import DEFAULT_MODEL, family_of
+
+if TYPE_CHECKING:
+    from vtc.codecs.token_codec import TokenCodec
 
 #: what a folder is searched for; a file that is named may be anything that Pillow reads
 PICTURE_SUFFIXES = (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm", ".tga",
@@ -79,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
     from vtc.codecs.rates import RateControl
-    from vtc.codecs.token_codec import TokenCodec
     from vtc.files import read_file
     from vtc.images import load_image
 
@@ -93,7 +96,7 @@ def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
         start = time.perf_counter()
         with loading:
             if quality not in loaded:
-                loaded[quality] = TokenCodec(load_model(args.model, args.device, sizes[quality - 1]))
+                loaded[quality] = load_codec(args.model, args.device, sizes[quality - 1])
         waited.seconds = getattr(waited, "seconds", 0.0) + time.perf_counter() - start
         return loaded[quality]
 
