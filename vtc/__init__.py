@@ -104,6 +104,60 @@ _MODULE_OF = {
     # codecs
     "RateControl": "vtc.codecs.rates",
     "TokenCodec": "vtc.codecs.token_codec",
+    # metrics and the suite behind vtc-eval: classes, and functional twins in lower case
+    "band_energies": "vtc.eval.wavelet_bands",
+    "bd_quality": "vtc.eval.bd_rate",
+    "bd_rate": "vtc.eval.bd_rate",
+    "bits_per_pixel": "vtc.eval.bits",
+    "BitsPerPixel": "vtc.eval.bits",
+    "BjontegaardDelta": "vtc.eval.bd_rate",
+    "bootstrap_interval": "vtc.eval.bootstrap",
+    "codebook_usage": "vtc.eval.codebook",
+    "CodebookUsage": "vtc.eval.codebook",
+    "CodebookUsageMetric": "vtc.eval.codebook",
+    "CompressionRatio": "vtc.eval.glcm",
+    "deep_image_structure_and_texture_similarity": "vtc.eval.dists",
+    "DeepImageStructureAndTextureSimilarity": "vtc.eval.dists",
+    "DISTS": "vtc.eval.dists",
+    "error_spectrum": "vtc.eval.lattice",
+    "estimate_shift": "vtc.eval.scale_consistency",
+    "export_samples": "vtc.eval.protocols",
+    "feature_statistics": "vtc.eval.frechet",
+    "FeatureStatistics": "vtc.eval.frechet",
+    "frechet_distance": "vtc.eval.frechet",
+    "FrechetDistance": "vtc.eval.frechet",
+    "glcm_score": "vtc.eval.glcm",
+    "GLCMScore": "vtc.eval.glcm",
+    "haar_bands": "vtc.eval.wavelet_bands",
+    "Inception": "vtc.eval.features",
+    "kernel_distance": "vtc.eval.kid",
+    "KernelInceptionDistance": "vtc.eval.kid",
+    "lattice_ratio": "vtc.eval.lattice",
+    "LatticeRatio": "vtc.eval.lattice",
+    "learned_perceptual_image_patch_similarity": "vtc.eval.lpips",
+    "LearnedPerceptualImagePatchSimilarity": "vtc.eval.lpips",
+    "load_statistics": "vtc.eval.frechet",
+    "mean_squared_error": "vtc.eval.psnr",
+    "multiscale_structural_similarity": "vtc.eval.ssim",
+    "MultiscaleStructuralSimilarity": "vtc.eval.ssim",
+    "padded_structural_similarity": "vtc.eval.ssim",
+    "PaddedStructuralSimilarity": "vtc.eval.ssim",
+    "PatchFrechetDistance": "vtc.eval.patch_frechet",
+    "peak_signal_noise_ratio": "vtc.eval.psnr",
+    "PeakSignalNoiseRatio": "vtc.eval.psnr",
+    "polynomial_mmd": "vtc.eval.kid",
+    "PooledFeatures": "vtc.eval.features",
+    "precision_recall": "vtc.eval.precision_recall",
+    "PrecisionRecallMetric": "vtc.eval.precision_recall",
+    "Protocol": "vtc.eval.protocols",
+    "protocol": "vtc.eval.protocols",
+    "save_statistics": "vtc.eval.frechet",
+    "ScaleConsistencyProbe": "vtc.eval.scale_consistency",
+    "structural_similarity": "vtc.eval.ssim",
+    "StructuralSimilarity": "vtc.eval.ssim",
+    "Suite": "vtc.eval.suite",
+    "tiling_error": "vtc.eval.scale_consistency",
+    "WaveletBandEnergies": "vtc.eval.wavelet_bands",
 }
 
 if TYPE_CHECKING:
@@ -116,6 +170,61 @@ if TYPE_CHECKING:
     from vtc.errors import ModelError as ModelError
     from vtc.errors import TrainingError as TrainingError
     from vtc.errors import VtcError as VtcError
+    from vtc.eval.bd_rate import BjontegaardDelta as BjontegaardDelta
+    from vtc.eval.bd_rate import bd_quality as bd_quality
+    from vtc.eval.bd_rate import bd_rate as bd_rate
+    from vtc.eval.bits import BitsPerPixel as BitsPerPixel
+    from vtc.eval.bits import bits_per_pixel as bits_per_pixel
+    from vtc.eval.bootstrap import bootstrap_interval as bootstrap_interval
+    from vtc.eval.codebook import CodebookUsage as CodebookUsage
+    from vtc.eval.codebook import CodebookUsageMetric as CodebookUsageMetric
+    from vtc.eval.codebook import codebook_usage as codebook_usage
+    from vtc.eval.dists import DISTS as DISTS
+    from vtc.eval.dists import DeepImageStructureAndTextureSimilarity as DeepImageStructureAndTextureSimilarity
+    from vtc.eval.dists import (
+        deep_image_structure_and_texture_similarity as deep_image_structure_and_texture_similarity,
+    )
+    from vtc.eval.features import Inception as Inception
+    from vtc.eval.features import PooledFeatures as PooledFeatures
+    from vtc.eval.frechet import FeatureStatistics as FeatureStatistics
+    from vtc.eval.frechet import FrechetDistance as FrechetDistance
+    from vtc.eval.frechet import feature_statistics as feature_statistics
+    from vtc.eval.frechet import frechet_distance as frechet_distance
+    from vtc.eval.frechet import load_statistics as load_statistics
+    from vtc.eval.frechet import save_statistics as save_statistics
+    from vtc.eval.glcm import CompressionRatio as CompressionRatio
+    from vtc.eval.glcm import GLCMScore as GLCMScore
+    from vtc.eval.glcm import glcm_score as glcm_score
+    from vtc.eval.kid import KernelInceptionDistance as KernelInceptionDistance
+    from vtc.eval.kid import kernel_distance as kernel_distance
+    from vtc.eval.kid import polynomial_mmd as polynomial_mmd
+    from vtc.eval.lattice import LatticeRatio as LatticeRatio
+    from vtc.eval.lattice import error_spectrum as error_spectrum
+    from vtc.eval.lattice import lattice_ratio as lattice_ratio
+    from vtc.eval.lpips import LearnedPerceptualImagePatchSimilarity as LearnedPerceptualImagePatchSimilarity
+    from vtc.eval.lpips import learned_perceptual_image_patch_similarity as learned_perceptual_image_patch_similarity
+    from vtc.eval.patch_frechet import PatchFrechetDistance as PatchFrechetDistance
+    from vtc.eval.precision_recall import PrecisionRecallMetric as PrecisionRecallMetric
+    from vtc.eval.precision_recall import precision_recall as precision_recall
+    from vtc.eval.protocols import Protocol as Protocol
+    from vtc.eval.protocols import export_samples as export_samples
+    from vtc.eval.protocols import protocol as protocol
+    from vtc.eval.psnr import PeakSignalNoiseRatio as PeakSignalNoiseRatio
+    from vtc.eval.psnr import mean_squared_error as mean_squared_error
+    from vtc.eval.psnr import peak_signal_noise_ratio as peak_signal_noise_ratio
+    from vtc.eval.scale_consistency import ScaleConsistencyProbe as ScaleConsistencyProbe
+    from vtc.eval.scale_consistency import estimate_shift as estimate_shift
+    from vtc.eval.scale_consistency import tiling_error as tiling_error
+    from vtc.eval.ssim import MultiscaleStructuralSimilarity as MultiscaleStructuralSimilarity
+    from vtc.eval.ssim import PaddedStructuralSimilarity as PaddedStructuralSimilarity
+    from vtc.eval.ssim import StructuralSimilarity as StructuralSimilarity
+    from vtc.eval.ssim import multiscale_structural_similarity as multiscale_structural_similarity
+    from vtc.eval.ssim import padded_structural_similarity as padded_structural_similarity
+    from vtc.eval.ssim import structural_similarity as structural_similarity
+    from vtc.eval.suite import Suite as Suite
+    from vtc.eval.wavelet_bands import WaveletBandEnergies as WaveletBandEnergies
+    from vtc.eval.wavelet_bands import band_energies as band_energies
+    from vtc.eval.wavelet_bands import haar_bands as haar_bands
     from vtc.images import LoadedImage as LoadedImage
     from vtc.images import load_image as load_image
     from vtc.images import save_image as save_image
