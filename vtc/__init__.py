@@ -104,6 +104,7 @@ _MODULE_OF = {
     # codecs
     "RateControl": "vtc.codecs.rates",
     "TokenCodec": "vtc.codecs.token_codec",
+    "TokenPrior": "vtc.codecs.prior",
     # metrics and the suite behind vtc-eval: classes, and functional twins in lower case
     "band_energies": "vtc.eval.wavelet_bands",
     "bd_quality": "vtc.eval.bd_rate",
@@ -162,6 +163,7 @@ _MODULE_OF = {
 
 if TYPE_CHECKING:
     from vtc.codecs.rates import RateControl as RateControl
+    from vtc.codecs.prior import TokenPrior as TokenPrior
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
     from vtc.errors import ConfigError as ConfigError
