@@ -162,8 +162,8 @@ _MODULE_OF = {
 }
 
 if TYPE_CHECKING:
-    from vtc.codecs.rates import RateControl as RateControl
     from vtc.codecs.prior import TokenPrior as TokenPrior
+    from vtc.codecs.rates import RateControl as RateControl
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
     from vtc.errors import ConfigError as ConfigError
