@@ -214,7 +214,8 @@ def bit_entropies(logits: Tensor, eps: float = 0.0, guard: LogGuard = "add",
         (equal batches assumed). Each process returns the gradient whose mean over processes is the true one, which is
         what DistributedDataParallel takes.
 
-    Returns (g,) mean over samples of the sample entropy, and (g,) entropy of the mean.
+    Returns (g,) mean over samples of the sample entropy, and (g,) entropy of the mean. There are no second derivatives:
+    with create_graph=True the gradient counts as a constant.
     """
     check_guard(eps, guard)
     if logits.shape[1] > MAX_HISTOGRAM_BITS:

@@ -69,6 +69,8 @@ def codeword_entropies(z: Tensor, codewords: Tensor, bias: Tensor | None = None,
     z: (N, d); codewords: (K, d), E; bias: (K,). float32 arithmetic (float64 for float64).
     eps: added to a mean probability inside its logarithm.
     reduce_across_ranks: the mean is over the (equal) batches of all processes; see `bits.bit_entropies`.
+
+    No second derivatives, as there.
     """
     if z.dtype != torch.float64:
         z, codewords = z.float(), codewords.float()
