@@ -227,6 +227,15 @@ def test_wrong_shapes_families_and_settings_are_told():
         from_state_dict({k: v for k, v in tensors.items() if "embedding" not in k}, family="vqgan")
     with pytest.raises(ModelError, match=r"lacks .*attn\.0\.qkv"):
         from_state_dict(tensors, family="var")
+    for key, value in (("encoder.conv_in.weight", torch.zeros(())), ("quantize.embedding.weight", torch.zeros(3)),
+                       ("encoder.conv_in.weight", torch.zeros(0, 3, 3, 3))):
+        with pytest.raises(ModelError, match="no vqgan: its tensors have other shapes"):
+            from_state_dict({**tensors, key: value}, "vqgan")
+    for settings in ({"channels": "x"}, {"channels": -32}, {"channel_multipliers": []}):
+        with pytest.raises(ConfigError, match="does not take these settings"):
+            from_state_dict(tensors, "vqgan", **settings)
+    with pytest.raises(ModelError, match=r"not finite in quant_conv\.bias"):
+        from_state_dict({**tensors, "quant_conv.bias": torch.full((4,), torch.nan)}, "vqgan")
     assert type(from_state_dict(tensors, family="ibq")) is IBQ
     averaged = with_ema(tensors, {})
     with pytest.raises(ModelError, match="without a parameter: decodersurprise"):

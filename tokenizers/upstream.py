@@ -358,6 +358,8 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
         name, ours, config = MAPS[family](ema_weights(kept))
     except KeyError as error:
         raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
+    except (IndexError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"The checkpoint is no {family}: its tensors have other shapes ({error}).") from error
     unknown = sorted(k for k, v in config.items() if v is None and k not in settings)
     if unknown:
         raise ModelError(f"The checkpoint, a {family} by its keys, does not tell {name}'s {', '.join(unknown)}: give "
@@ -366,7 +368,9 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
     try:
         with torch.device("meta"):
             model = tokenizer_class(name)(**config)
-    except TypeError as error:
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"{name} does not take these settings: {error}.") from error
     expected = model.state_dict()
     missing, left = sorted(expected.keys() - ours.keys()), sorted(ours.keys() - expected.keys())
@@ -374,6 +378,9 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
     for what, names in (("lacks", missing), ("has left over", left), ("has in other shapes", wrong)):
         if names:
             raise ModelError(f"The checkpoint does not fit {name}: it {what} {_some(names)}.")
+    broken = sorted(k for k, v in ours.items() if v.is_floating_point() and not v.isfinite().all())
+    if broken:
+        raise ModelError(f"The checkpoint is damaged: values that are not finite in {_some(broken)}.")
     model = tokenizer_class(name)(**config)
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in ours.items()})
     model.exact_weights = True

@@ -70,7 +70,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
             model = cls(**config)
             module = cast(nn.Module, model)
             module.load_state_dict(tensors)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
         model.exact_weights = any(t.dtype == torch.float32 for t in tensors.values())
