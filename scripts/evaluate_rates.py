@@ -31,7 +31,7 @@ from vtc.errors import ConfigError, VtcError
 from vtc.eval.provenance import provenance
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
-from vtc.models import family_of, load_tokenizer
+from vtc.models import companions, family_of, load_tokenizer
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.tokenizer_family import TokenizerFamily
 
@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> int:
 def evaluate(args: argparse.Namespace) -> None:
     """Measure, average, write."""
     files = picture_files(args.images, args.limit)
-    codecs = {label: TokenCodec(model) for label, model in models(args.model, args.also)}
+    beside = companions(args.model)  # as the command line codes: with the model's prior, where it has one
+    codecs = {label: TokenCodec(model, *beside) for label, model in models(args.model, args.also)}
     peers = [name for name in args.compare if name in available_codecs()]
     lpips, lpips_note = find_lpips(args.lpips_weights)
     judge = Judge(lpips, 16)
