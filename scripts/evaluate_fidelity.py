@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -150,14 +150,28 @@ def evaluate_codecs(args: argparse.Namespace) -> list[str]:
     if args.text:
         text_engines = [load_text_engine(name) for name in args.text_engines]
         pictures = text_pictures(args.text, args.every_picture, args.every_line, failures)
-        report["text"] = judge_text(pictures, text_engines, args.text_sizes, codec, args.quiet)
+        report["text"] = {"pictures": len(pictures), "originals": {}, "rows": [],
+                          "conventions": {kind: note for kind, (_, note) in CONVENTIONS.items()}}
+        for _ in judge_text(report["text"], pictures, text_engines, args.text_sizes, codec, args.quiet):
+            write_report(args.output, report)
     if args.faces:
-        report["faces"] = judge_faces(args.faces, load_face_engine(args.face_engine), args.face_sizes, codec, failures,
-                                      args.every_picture, args.quiet)
-    args.output.mkdir(parents=True, exist_ok=True)
-    write_file(args.output / "results.json", json.dumps(report, indent=1).encode() + b"\n")
-    write_file(args.output / "results.md", markdown(report).encode())
+        engine = load_face_engine(args.face_engine)
+        faces = face_pictures(args.faces, engine, args.every_picture, failures, args.quiet)
+        report["faces"] = {"pictures": len(faces), "with_a_face": sum(bool(a.faces) for a in faces.values()),
+                           "rows": []}
+        for _ in judge_faces(report["faces"], faces, engine, args.face_sizes, codec, args.quiet):
+            write_report(args.output, report)
     return failures
+
+
+def write_report(folder: Path, report: dict) -> None:
+    """After each size: what a run that is stopped has measured stays."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"The output folder {folder} cannot be made: {error.strerror}.") from error
+    write_file(folder / "results.json", json.dumps(report, indent=1).encode() + b"\n")
+    write_file(folder / "results.md", markdown(report).encode())
 
 
 def text_pictures(folder: Path, every_picture: int, every_line: int, failures: list[str]) -> list[TextPicture]:
@@ -195,9 +209,12 @@ def text_pictures(folder: Path, every_picture: int, every_line: int, failures: l
     return pictures
 
 
-def judge_text(pictures: list[TextPicture], engines: list[TextEngine], sizes: list[int], codec: TokenCodec,
-               quiet: bool) -> dict:
-    """For each engine: what it reads in the originals, then every codec at every size on the words that it read."""
+def judge_text(section: dict, pictures: list[TextPicture], engines: list[TextEngine], sizes: list[int],
+               codec: TokenCodec, quiet: bool) -> Iterator[None]:
+    """For each engine: what it reads in the originals, then every codec on the words that it read.
+
+    Fills `section` and yields after each size.
+    """
     adapted = {(e.info.name, kind): AdaptedTextEngine(e, *rule) for e in engines for kind, rule in CONVENTIONS.items()}
     originals: dict[str, dict[str, list[WordRecord]]] = {e.info.name: defaultdict(list) for e in engines}
     legible: dict[tuple[str, str], Annotation] = {}
@@ -208,7 +225,9 @@ def judge_text(pictures: list[TextPicture], engines: list[TextEngine], sizes: li
             originals[engine.info.name][picture.kind].extend(records)
             for annotation in readable([picture.annotation], records):
                 legible[engine.info.name, annotation.file_name] = annotation
-    rows = []
+    section["originals"] = {
+        name: {kind: {"words": len(r), "t_acc": mean(x.t_acc for x in r), "t_ned": mean(x.t_ned for x in r)}
+               for kind, r in kinds.items()} for name, kinds in originals.items()}
     for size in sizes:
         lowest = edges("text", size)[0]
         found: dict[tuple[str, str], list[WordRecord]] = defaultdict(list)
@@ -230,17 +249,14 @@ def judge_text(pictures: list[TextPicture], engines: list[TextEngine], sizes: li
         for engine in engines:
             for method, counts in num_bytes.items():
                 result = summarise_words(found[engine.info.name, method], engine.info.describe(), size)
-                rows.append({"size": size, "codec": method, "pictures": len(counts), **rate(counts, size),
-                             **result.describe()})
-    summary = {name: {kind: {"words": len(r), "t_acc": mean(x.t_acc for x in r), "t_ned": mean(x.t_ned for x in r)}
-                      for kind, r in kinds.items()} for name, kinds in originals.items()}
-    return {"pictures": len(pictures), "originals": summary, "rows": rows,
-            "conventions": {kind: note for kind, (_, note) in CONVENTIONS.items()}}
+                section["rows"].append({"size": size, "codec": method, "pictures": len(counts), **rate(counts, size),
+                                        **result.describe()})
+        yield
 
 
-def judge_faces(folder: Path, engine: FaceEngine, sizes: list[int], codec: TokenCodec, failures: list[str],
-                every_picture: int, quiet: bool) -> dict:
-    """Every codec at every size on the largest face of each picture."""
+def face_pictures(folder: Path, engine: FaceEngine, every_picture: int, failures: list[str],
+                  quiet: bool) -> dict[Path, Annotation]:
+    """The pictures of a folder with the largest face of each; no face where none was found."""
     files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not files:
         raise ConfigError(f"{folder} holds no pictures.")
@@ -252,15 +268,19 @@ def judge_faces(folder: Path, engine: FaceEngine, sizes: list[int], codec: Token
         except VtcError as error:
             failures.append(str(error).replace(str(file), file.name))
             continue
-        if annotation.faces:
-            annotations[file] = annotation
+        annotations[file] = annotation
+    return annotations
+
+
+def judge_faces(section: dict, pictures: dict[Path, Annotation], engine: FaceEngine, sizes: list[int],
+                codec: TokenCodec, quiet: bool) -> Iterator[None]:
+    """Every codec on the largest face of each picture. Fills `section` and yields after each size."""
     originals: dict[Path, list] = {}
-    rows = []
     for size in sizes:
         found: dict[str, list[FaceRecord]] = defaultdict(list)
         num_bytes: dict[str, list[int]] = defaultdict(list)
-        for file, annotation in tqdm(annotations.items(), f"faces at {size}", disable=quiet, file=sys.stderr):
-            if annotation.faces[0].ratio < edges("face", size)[0]:
+        for file, annotation in tqdm(pictures.items(), f"faces at {size}", disable=quiet, file=sys.stderr):
+            if not annotation.faces or annotation.faces[0].ratio < edges("face", size)[0]:
                 continue
             pixels = load_image(file).pixels
             if file not in originals:
@@ -270,12 +290,12 @@ def judge_faces(folder: Path, engine: FaceEngine, sizes: list[int], codec: Token
                 found[method].extend(compare_faces(annotation, originals[file], reconstruction, engine))
         for method, counts in num_bytes.items():
             result = summarise_faces(found[method], engine, size)
-            rows.append({"size": size, "codec": method, "pictures": len(counts), **rate(counts, size),
-                         **result.describe()})
-    return {"pictures": len(files), "with_a_face": len(annotations), "rows": rows}
+            section["rows"].append({"size": size, "codec": method, "pictures": len(counts), **rate(counts, size),
+                                    **result.describe()})
+        yield
 
 
-def reconstructions(pixels: np.ndarray, size: int, codec: TokenCodec) -> Iterable[tuple[str, np.ndarray, int]]:
+def reconstructions(pixels: np.ndarray, size: int, codec: TokenCodec) -> Iterator[tuple[str, np.ndarray, int]]:
     """(codec, reconstruction at the original's size, bytes of the file); 0 bytes for "resize", which has no file.
 
     A peer whose smallest file is larger than allowed is left out for that picture.
