@@ -129,6 +129,16 @@ def test_any_floating_type_keeps_its_type_and_stays_finite(quantizer, dtype):
     assert all(term.isfinite() for term in cast.loss_terms(latents()).values())
 
 
+def test_a_latent_that_is_no_number_still_has_an_index(quantizer):
+    z = latents()
+    z[0, :3, 0, 0] = torch.nan
+    out = quantizer.train()(z)
+    assert out.indices.min() >= 0
+    CodebookStatistics(quantizer.vocab).update(out.indices)  # which refuses what has no word
+    if quantizer.loss_weights:
+        assert out.loss.isnan()  # and it is not hidden
+
+
 def test_rows_and_volumes(quantizer):
     if isinstance(quantizer, MultiScaleQuantizer):
         with pytest.raises(ConfigError, match="latents"):

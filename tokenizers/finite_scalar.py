@@ -59,7 +59,7 @@ class FiniteScalarQuantizer(Quantizer):
         # Where eps times the levels reaches 1, the span ends nearer to a level that is missing: clamped.
         highest = self._per_channel([n - 1 for n in self.levels], wide)
         digits = (bounded.detach().round() + steps).clamp(min=0).minimum(highest)
-        positions = digits.long()
+        positions = digits.nan_to_num(0).long()  # an index even where the codes are no numbers
         indices = (positions * self._per_channel(self.places, positions)).sum(1)
         codes = straight_through(bounded / steps, (digits - steps) / steps)
         return Quantized(codes.to(z.dtype), indices, z.new_zeros(()))
