@@ -202,7 +202,7 @@ def test_tokens_go_through_the_codec(name, tmp_path):
             model.token_frequencies = skewed_tables(model.layout(8, 8), kind)
         model.save_pretrained(tmp_path / kind)
         codec, reader = TokenCodec(model), TokenCodec(load_tokenizer(tmp_path / kind))
-        for height, width in ((1, 1), (9, 14)):
+        for height, width in ((1, 1), (9, 14)) if kind == "packed" else ((9, 14),):
             images = torch.rand(2, 3, height, width)
             tokens, streams = model.encode(images), codec.compress(images)
             for number, stream in enumerate(streams):
