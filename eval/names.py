@@ -104,6 +104,14 @@ SYNONYMS = {"lpips": "lpips_alex", "rfid": "fid", "ms-ssim": "ms_ssim", "rate": 
 DEFAULT = ("bpp", "psnr", "ssim", "ms_ssim", "lpips_alex", "codebook")
 
 
+#: results of engines, whose names end in the engine's
+ENGINE_RESULTS: tuple[tuple[str, str, Better], ...] = (
+    ("text_accuracy_", "words read", "higher"), ("text_edit_similarity_", "edit similarity", "higher"),
+    ("face_distance_", "face distance", "lower"), ("face_match_rate_", "faces matched", "higher"),
+    ("face_centred_cosine_", "face cosine, centred", "higher"), ("f_sim_", "F-Sim", "higher"),
+)
+
+
 def quantity(name: str) -> Quantity:
     """How to show the result `name`; a name that is not in the table stands for itself.
 
@@ -112,7 +120,12 @@ def quantity(name: str) -> Quantity:
     >>> quantity("wavelet_error_low").title
     'wavelet error low'
     """
-    return QUANTITIES.get(name) or Quantity(name, name.replace("_", " "))
+    if name in QUANTITIES:
+        return QUANTITIES[name]
+    for start, title, better in ENGINE_RESULTS:
+        if name.startswith(start):
+            return Quantity(name, f"{title}, {name.removeprefix(start)}", "", better, 3)
+    return Quantity(name, name.replace("_", " "))
 
 
 def shown(name: str, value: float | None) -> str:

@@ -89,7 +89,8 @@ def page(methods: Sequence[MethodResult], about: Mapping[str, Any], pictures: Se
     """The whole page. about: as in the results file, see `vtc.eval.results.to_json`."""
     sections = [("results", "Results", _results(methods)), ("curves", "Rate and distortion", _curves(methods)),
                 ("pictures", "Pictures", _pictures(methods, pictures)),
-                ("extremes", "Worst and best", _extremes(methods)), ("tokens", "Token statistics", _tokens(methods)),
+                ("extremes", "Worst and best", _extremes(methods)), ("fidelity", "Text and faces", _fidelity(methods)),
+                ("tokens", "Token statistics", _tokens(methods)),
                 ("images", "Each image", _images(methods)), ("made", "How it was made", _made(methods, about))]
     sections = [section for section in sections if section[2]]
     conditions = methods[0].conditions
@@ -403,6 +404,36 @@ def _extremes(methods: Sequence[MethodResult], count: int = 3) -> str:
             '<div class="scroll"><table><thead><tr><th>metric</th><th class="words">worst</th>'
             '<th class="words">best</th><th>median</th></tr></thead>'
             f'<tbody>{"".join(rows)}</tbody></table></div>') if rows else ""
+
+
+def _fidelity(methods: Sequence[MethodResult]) -> str:
+    """TokBench's buckets of every engine; what rests on fewer than 50 has a star."""
+    rows = []
+    for method in methods:
+        for name, found in method.extra.items():
+            if not name.startswith(("text_fidelity_", "face_fidelity_")):
+                continue
+            engine = found["engine"]
+            for measure, means in found.items():
+                if not (isinstance(means, dict) and "mean_of_buckets" in means):
+                    continue
+                cells = "".join(f"<td>{_share(means[b]['mean'])}{'*' if means[b]['few'] else ''}"
+                                f"<small>n {means[b]['n']}</small></td>" for b in ("small", "medium", "large"))
+                rows.append(f"<tr><td><b>{escape(method.name)}</b><small>{escape(engine['name'])} "
+                            f"{escape(engine['version'])}</small></td><td>{escape(measure.replace('_', ' '))}</td>"
+                            f"{cells}<td>{_share(means['mean_of_buckets'])}</td><td>{_share(means['micro'])}"
+                            f"<small>n {means['n']}</small></td></tr>")
+    if not rows:
+        return ""
+    heads = "".join(f"<th>{head}</th>" for head in ("method", "measure", "small", "medium", "large",
+                                                    "mean of buckets", "all"))
+    return ("<p class=soft>By the size of what is shown, in TokBench's buckets; a star marks fewer than 50. The mean "
+            "of the buckets is TokBench's headline, and stands only where none is empty.</p>"
+            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>')
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _tokens(methods: Sequence[MethodResult]) -> str:

@@ -23,6 +23,8 @@ from vtc.cli.eval import main
 from vtc.errors import ConfigError, FileError
 from vtc.eval.bootstrap import bootstrap_interval
 from vtc.eval.cache import Record, RecordCache
+from vtc.eval.engines.base import EngineInfo, FaceEngine, TextEngine
+from vtc.eval.fidelity_measures import FaceMeasure, TextMeasure
 from vtc.eval.measures import build, parse_names
 from vtc.eval.names import MEASURES
 from vtc.eval.pairs import find_items, match
@@ -188,8 +190,8 @@ def test_contradictions_are_code_2(run, argv):
 
 
 def test_help_answers_without_torch():
-    code = "import sys; sys.argv = ['vtc-eval', '--help']\ntry:\n import vtc.cli.eval as e; e.main()\nexcept SystemExit: pass\n" \
-           "print('torch' in sys.modules, 'numpy' in sys.modules)"
+    code = ("import sys; sys.argv = ['vtc-eval', '--help']\ntry:\n import vtc.cli.eval as e; e.main()\n"
+            "except SystemExit: pass\nprint('torch' in sys.modules, 'numpy' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False False"
     assert "ms_ssim" in done.stdout
@@ -318,7 +320,8 @@ def test_what_was_measured_is_remembered(folders, tmp_path):
     again, _ = suite([method := Halved()], cache=cache).run(items)
     assert method.calls == 0 and again[0].results == first[0].results and again[0].extra == first[0].extra
     more, _ = suite([method := Halved()], "psnr,ssim,bpp,codebook", cache=cache).run(items)
-    assert method.calls == 3 and more[0].results["peak_signal_noise_ratio"] == first[0].results["peak_signal_noise_ratio"]
+    assert method.calls == 3
+    assert more[0].results["peak_signal_noise_ratio"] == first[0].results["peak_signal_noise_ratio"]
     assert "structural_similarity" in more[0].results
     suite([method := Halved()], cache=cache, fresh=True).run(items)
     assert method.calls == 3
@@ -370,12 +373,12 @@ def test_two_processes_give_the_numbers_of_one(folders, tmp_path):
     argv = ["--codec", str(folders / "model"), "--data", str(broken), "--metrics", "bpp,psnr,ms_ssim,codebook,bands",
             "--json", "-q"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines",
+              "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     found = []
     for start in ([sys.executable], launch):
-        done = subprocess.run([*start, "-m", "vtc.cli.eval", *argv, "--no-cache"], cwd=ROOT, capture_output=True, text=True,
-                              env=environment, timeout=300, check=False)
+        done = subprocess.run([*start, "-m", "vtc.cli.eval", *argv, "--no-cache"], cwd=ROOT, capture_output=True,
+                              text=True, env=environment, timeout=300, check=False)
         assert done.stdout, done.stderr
         data = json.loads(done.stdout)
         found.append((data["methods"], data["problems"]))
@@ -445,6 +448,60 @@ def test_protocols_prepare_and_round(folders):
     (result,), _ = suite([Same()], "ssim", protocol=protocol("wetok"), size=64).run(find_items(folders / "ref")[0])
     assert result.results["structural_similarity"].value == pytest.approx(1)
     assert result.conditions["protocol"]["crop"] == "centre" and result.conditions["size"] == 64
+
+
+# Engines
+
+
+class Reader(TextEngine):
+    """Reads every second word, in bright pictures only."""
+
+    info = EngineInfo("reader", "1", "none")
+
+    def read(self, crops, truths=None):
+        return ["ab" if crop.mean() > 100 and not n % 2 else "a" for n, crop in enumerate(crops)]
+
+
+class Looker(FaceEngine):
+    """A face is the whole picture, and a person their mean colour."""
+
+    info = EngineInfo("looker", "1", "none")
+    measure, match_threshold = "distance", 50.0
+
+    def detect(self, pixels):
+        return [(0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[0]))]
+
+    def align(self, original, face):
+        return None
+
+    def embed(self, pixels, alignment):
+        return pixels.reshape(-1, 3).mean(0)
+
+
+def test_engines_judge_words_and_faces(tmp_path):
+    for name, level in (("a", 240), ("b", 150)):
+        save_image(np.full((100, 100, 3), level, dtype=np.uint8), tmp_path / f"{name}.png")
+    box = {"polygon": [10, 10, 50, 10, 50, 30, 10, 30], "text": "ab", "ignore": False}
+    lines = [json.dumps({"image": f"{name}.png", "words": [box, box, {**box, "ignore": True}]}) for name in "ab"]
+    (tmp_path / "annotations.jsonl").write_text("\n".join(lines))
+    items, _ = find_items(tmp_path)
+    measures = [TextMeasure(Reader(), tmp_path / "annotations.jsonl", 256), FaceMeasure(Looker(), 256)]
+    (result,), problems = Suite([Halved()], measures).run(items)
+    assert problems == []
+    value = {name: entry.value for name, entry in result.results.items()}
+    # Halved, a is bright enough and b is not: of four words, the first is read, and the others' half.
+    assert value["text_accuracy_reader"] == 0.25 and value["text_edit_similarity_reader"] == pytest.approx(0.625)
+    distances = [math.sqrt(3) * level for level in (120, 75)]
+    assert value["face_distance_looker"] == pytest.approx(np.mean(distances)) and value["face_match_rate_looker"] == 0
+    described = result.extra["text_fidelity_reader"]
+    assert described["engine"]["version"] == "1" and described["t_acc"]["large"]["few"]
+    assert result.conditions["metrics"]["text_reader"]["engine"]["name"] == "reader"
+
+
+def test_an_absent_engine_stops_only_itself(folders, run):
+    done = run(folders / "ref", folders / "rec", "--metrics", "psnr", "--engines", "antelopev2:nowhere", "--json")
+    assert done.code == 1 and "antelopev2" in done.err
+    assert "peak_signal_noise_ratio" in values(done.data["methods"][0])
 
 
 # Marks

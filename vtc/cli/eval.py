@@ -68,8 +68,10 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--metrics", metavar="NAMES", type=_words, action="extend", default=[],
                      help=f"with commas, or all; default {','.join(DEFAULT)}. They are: {metrics}")
     how.add_argument("--engines", metavar="NAMES", type=_words, action="extend", default=[],
-                     help="for text and faces, where --data has annotations: rapidocr, tesseract, doctr; dlib, "
-                          "insightface")
+                     help="what reads words (rapidocr, tesseract, parseq; needs --annotations) and knows faces (dlib, "
+                          "antelopev2; the largest in each original); NAME:WEIGHTS where weights come by path")
+    how.add_argument("--annotations", metavar="FILE", help="the words: TokBench's JSON, or .jsonl with a picture a "
+                     "line; default annotations.jsonl among the originals")
     how.add_argument("--protocol", choices=PROTOCOL_NAMES, default="native", help="resize, crop and rounding as an "
                      "evaluator has them; default native: the pictures as they are")
     how.add_argument("--size", metavar="PIXELS", type=_positive, help="side of the crop, where the protocol crops")
@@ -157,6 +159,8 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError("nothing to measure: give REF and REC, or --codec or --tokenizer with --data")
     if models and not args.data:
         raise UsageError("--codec, --tokenizer and --peers need --data")
+    if args.engines and args.protocol != "native":
+        raise UsageError("--engines read the pictures as they are: leave --protocol native")
     if args.json and args.csv == "-":
         raise UsageError("--json and --csv - both go to stdout")
 
@@ -178,6 +182,7 @@ def evaluate(args: argparse.Namespace) -> int:
         items, methods = _methods(args, problems)
         options = _options(args)
         measures = _measures(names, options, asked=set(args.metrics), problems=problems)
+        measures += _fidelity(args, problems)
         if not measures:
             raise VtcError(problems[-1].sentence if problems else "No metric is available; see --metrics.")
         suite = _suite(args, methods, measures, options, processes, stack)
@@ -280,6 +285,32 @@ def _measures(names: Sequence[str], options: Options, asked: set[str], problems:
                 problems.append(Problem("", "", f"{name}: {error}"))
             else:
                 say(f"{PROG}: {name} is not measured: {error}")
+    return found
+
+
+def _fidelity(args: argparse.Namespace, problems: list[Problem]) -> list[Measure]:
+    """A measure for each engine; one that is absent is a problem."""
+    if not args.engines:
+        return []
+    from vtc.eval.engines.catalogue import FACE_ENGINES, TEXT_ENGINES, load_face_engine, load_text_engine
+    from vtc.eval.fidelity_measures import FaceMeasure, TextMeasure
+    from vtc.eval.pairs import Problem
+
+    size = args.size or 1024  # of TokBench's buckets
+    originals = Path(args.pairs[0] if args.pairs else args.data)
+    annotations = Path(args.annotations) if args.annotations else originals / "annotations.jsonl"
+    found: list[Measure] = []
+    for word in args.engines:
+        name, _, weights = word.partition(":")
+        try:
+            if name in FACE_ENGINES:
+                found.append(FaceMeasure(load_face_engine(name, weights or None), size))
+            elif name in TEXT_ENGINES:
+                found.append(TextMeasure(load_text_engine(name, weights or None), annotations, size))
+            else:
+                raise UsageError(f"--engines takes {', '.join((*TEXT_ENGINES, *FACE_ENGINES))}, not {name!r}")
+        except VtcError as error:
+            problems.append(Problem("", "", sentence(error, name)))
     return found
 
 
