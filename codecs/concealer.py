@@ -138,54 +138,43 @@ class Concealer(nn.Module):
         return features @ keys.T * features.shape[1] ** -0.5 + words[:, -1]
 
     @torch.no_grad()
-    def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor, steps: int = 1) -> Tensor:
+    def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
         """Indices (B, L) with the lost ones replaced by the likeliest words.
 
         indices: (B, L) int64 of grids of (rows, columns), row by row; what is lost is not read.
         lost: (B, L) bool. codebook: (S, d).
-        steps: in each but the last, the words of which the network is surest are taken for received. All is
-            deterministic, up to the last bits of the processor's arithmetic.
         Raises ModelError for codewords of another dimension, ConfigError for shapes that contradict each other.
         """
-        return self._fill(indices, lost, grid, codebook, steps)[0].flatten(1)
+        return self._fill(indices, lost, grid, codebook)[0].flatten(1)
 
     @torch.no_grad()
-    def conceal_codes(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor,
-                      steps: int = 1) -> Tensor:
+    def conceal_codes(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
         """Codewords (B, L, d): of what was received its own, of what was lost the mean over the words it may have been.
 
         Arguments and errors as of `conceal`.
         """
-        return self._fill(indices, lost, grid, codebook, steps)[1].flatten(1, 2)
+        return self._fill(indices, lost, grid, codebook)[1].flatten(1, 2)
 
-    def _fill(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor, steps: int,
-              ) -> tuple[Tensor, Tensor]:
+    def _fill(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> tuple[Tensor, Tensor]:
         """(B, h, w) indices and (B, h, w, d) codes."""
         if codebook.ndim != 2 or codebook.shape[1] != self.config["dim"]:
             raise ModelError(f"The concealer is for codewords of {self.config['dim']} dimensions, and the codebook is "
                              f"{tuple(codebook.shape)}; train one for this model with scripts/train_concealer.py.")
         length = grid[0] * grid[1]
-        if indices.ndim != 2 or indices.shape[1] != length or lost.shape != indices.shape or steps < 1:
+        if indices.ndim != 2 or indices.shape[1] != length or lost.shape != indices.shape:
             raise ConfigError(f"Indices {tuple(indices.shape)} and marks {tuple(lost.shape)} of what is lost must be "
-                              f"(B, {length}) for a grid of {grid[0]}x{grid[1]}, and steps at least 1, not {steps}.")
+                              f"(B, {length}) for a grid of {grid[0]}x{grid[1]}.")
         origin, device = indices.device, self.lost.device
         words, unknown = codebook.to(device, torch.float32), lost.to(device).unflatten(1, grid)
         filled = indices.to(device).unflatten(1, grid).masked_fill(unknown, 0)
         codes = words[filled]
-        for left in range(steps, 0, -1):
-            sureness = codes.new_full(unknown.shape, -1.0)
-            for inner, outer in _tiles(grid):
-                if not unknown[inner].any():
-                    continue
-                here = torch.zeros_like(unknown)  # lost, and of this tile's own
-                here[inner] = unknown[inner]
-                p = self(codes[outer], unknown[outer], words)[here[outer][unknown[outer]]].softmax(1)
-                sureness[here], filled[here] = p.max(1)
-                codes[here] = p @ words  # other tiles still see these as unknown
-            if left > 1:
-                ranks = sureness.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-                done = unknown.flatten(1).sum(1, keepdim=True).div(left).ceil()
-                unknown = unknown & (ranks >= done).unflatten(1, grid)
+        for inner, outer in _tiles(grid):
+            if not unknown[inner].any():
+                continue
+            own = torch.zeros_like(unknown)  # lost, and not in the halo
+            own[inner] = unknown[inner]
+            p = self(codes[outer], unknown[outer], words)[own[outer][unknown[outer]]].softmax(1)
+            filled[own], codes[own] = p.argmax(1), p @ words  # to other tiles these stay unknown
         return filled.to(origin), codes.to(origin)
 
     def save(self, path: str | Path, base: str = "") -> None:

@@ -50,7 +50,7 @@ PATTERNS = {"5 % singly": (0, 5), "10 % singly": (0, 10), "20 % singly": (0, 20)
             "1 of 20 chunks (5 %)": (20, 1), "2 of 20 chunks (10 %)": (20, 2), "4 of 20 chunks (20 %)": (20, 4),
             "6 of 20 chunks (30 %)": (20, 6), "1 of 8 chunks (12.5 %)": (8, 1), "2 of 8 chunks (25 %)": (8, 2)}
 FILLINGS = ("mean", "frequent", "neighbour", "words", "concealer")
-SHEET = ("mean", "neighbour", "concealer")
+SHEET = "sheet.jpg"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,9 +157,9 @@ def evaluate(args: argparse.Namespace) -> None:
         report["seconds"] += fill.seconds
         fill.seconds.clear()
         write_file(path, json.dumps(report).encode() + b"\n")
-    write_file(args.output / "results.md", markdown(args.output).encode())
     if args.picture:
-        save_image(sheet(load_image(args.picture).tensor()[None], fill), args.output / "sheet.jpg")
+        save_image(sheet(load_image(args.picture).tensor()[None], fill), args.output / SHEET)
+    write_file(args.output / "results.md", markdown(args.output).encode())
 
 
 def keep_measured(path: Path, report: dict) -> None:
@@ -208,7 +208,7 @@ def measure(image: Tensor, fill: Fillings, judge: LPIPS, wanted: list[tuple[str,
 
 @torch.no_grad()
 def sheet(image: Tensor, fill: Fillings) -> np.ndarray:
-    """Nothing lost, what was lost in grey, SHEET's fillings; above singly, below by chunk. (H, W, 3) uint8."""
+    """Nothing lost, what was lost in grey, three fillings; above singly, below by chunk. (H, W, 3) uint8."""
     tokenizer = fill.tokenizer
     tokens = tokenizer.encode(image)
     indices, (grid,) = tokens.indices[..., 0], tokens.layout.scales
@@ -220,7 +220,8 @@ def sheet(image: Tensor, fill: Fillings) -> np.ndarray:
         hole = lost.view(1, 1, *grid).repeat_interleave(tokenizer.downsample, 2)
         hole = hole.repeat_interleave(tokenizer.downsample, 3)[..., : size[0], : size[1]]
         pictures = [whole, torch.where(hole, 0.5, whole),
-                    *(drawn(tokenizer, fill(way, indices, lost, grid), grid, size) for way in SHEET)]
+                    *(drawn(tokenizer, fill(way, indices, lost, grid), grid, size)
+                      for way in ("mean", "neighbour", "concealer"))]
         rows.append(torch.cat(pictures, 3))
     return to_uint8(torch.cat(rows, 2))
 
@@ -229,8 +230,10 @@ def markdown(folder: Path) -> str:
     """The tables of all JSON files in a folder, the largest codebook first."""
     reports = [json.loads(path.read_text()) for path in folder.glob("words-*.json")]
     reports.sort(key=lambda report: -report["codebook"])
-    return "\n".join(["# Lost tokens, filled in", "", __doc__.partition("\n\n")[2].partition("\n\n")[2].strip(), "",
-                      *(line for report in reports for line in table(report))])
+    text = ["# Lost tokens, filled in", "", "Made by", "", *__doc__.strip().splitlines()[2:], ""]
+    if (folder / SHEET).is_file():
+        text += [f"![Nothing lost, what was lost, mean, neighbour, concealer]({SHEET})", ""]
+    return "\n".join([*text, *(line for report in reports for line in table(report))])
 
 
 def table(report: dict) -> list[str]:
