@@ -20,7 +20,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from vtc.codecs import container
-from vtc.codecs.container import FINGERPRINT_BYTES, MAGIC, Coder, Container, Reader, varint
+from vtc.codecs.container import FINGERPRINT_BYTES, MAGIC, Coder, Container, OutOfBytesError, Reader, varint
 from vtc.errors import BitstreamError, ConfigError
 
 VERSION = 2
@@ -300,8 +300,11 @@ def _find_header(stream: bytes, max_pixels: int) -> tuple[_Header, int]:
 def _read_header(body: bytes, max_pixels: int) -> _Header:
     """An intact header, checked against the limits before anything is allocated."""
     reader = Reader(body)
-    fields = container.read_fields(reader, max_pixels)
-    division, longest = Division.of(reader.varint()), reader.varint()
+    try:
+        fields = container.read_fields(reader, max_pixels)
+        division, longest = Division.of(reader.varint()), reader.varint()
+    except OutOfBytesError:
+        raise BitstreamError("The header of the stream is shorter than its fields.") from None
     if reader.position < len(body):
         raise BitstreamError("The header of the stream has more fields than this vtc knows: update vtc.")
     if longest > MAX_PAYLOAD:

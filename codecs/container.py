@@ -116,7 +116,7 @@ def parse(stream: bytes, max_pixels: int = MAX_PIXELS) -> Container:
         fields = _read_header(reader, max_pixels)
         length = reader.varint()
         missing = reader.position + length + CRC_BYTES - len(stream)
-    except _OutOfBytesError:
+    except OutOfBytesError:
         raise BitstreamError(f"The stream is cut: it ends inside its header, after {len(stream)} bytes.") from None
     except BitstreamError as error:
         if intact:
@@ -134,7 +134,7 @@ def parse(stream: bytes, max_pixels: int = MAX_PIXELS) -> Container:
 _DAMAGED = "The stream is damaged: its checksum does not match."
 
 
-class _OutOfBytesError(BitstreamError):
+class OutOfBytesError(BitstreamError):
     """The stream ended inside a field."""
 
 
@@ -148,7 +148,7 @@ class Reader:
         """The next `count` bytes."""
         part = self.data[self.position : self.position + count]
         if len(part) < count:
-            raise _OutOfBytesError("The stream ends inside a field.")
+            raise OutOfBytesError("The stream ends inside a field.")
         self.position += count
         return part
 

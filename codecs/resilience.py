@@ -148,7 +148,7 @@ def _nearest(lost: NDArray[np.bool_]) -> NDArray[np.int64]:
     source = np.where(lost, -1, flat)
     if lost.all():
         return source
-    for _ in range(2):  # after one pass each row has something, if anything is there at all
+    while (source < 0).any():  # twice at most: after one pass each row has something
         (across, beside), (down, below) = (_along(source, axis) for axis in (1, 0))
         source = np.where(across <= down, beside, below)
     return source

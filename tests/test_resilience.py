@@ -447,7 +447,7 @@ def numbers_of_a_header(*numbers: int, kind: int = 0, coder: int = 0) -> bytes:
     ((768, 512, 16, 2**32 - 1, 5), 0, 0, "exceeds the limit of 4096"),
     ((768, 512, 16, 9, 2**26 + 1), 0, 0, "67108865 bytes exceeds"),
     ((768, 512, 16, 9, 5, 0), 0, 0, "more fields"),
-    ((768, 512, 16, 9), 0, 0, "ends inside a field"),
+    ((768, 512, 16, 9), 0, 0, "shorter than its fields"),
     ((2**15, 2**14, 16, 9, 5), 0, 0, "exceeds the limit of 268435456 pixels"),
     ((768, 512, 256, 2**16, 2**16, 9, 5), 2, 0, "exceeds the limit of 16777216"),
     ((768, 512, 16, 9, 5), 0, 2, "learned prior"),
