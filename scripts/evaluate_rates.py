@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from evaluate_codec import Judge, Row, find_lpips, number, picture_files, table_csv, timed
 from tqdm import tqdm
 
-from scripts.evaluate_codec import Judge, Row, find_lpips, number, picture_files, table_csv, timed
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_within
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import ConfigError, VtcError
@@ -53,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--targets", nargs="+", type=float, default=list(TARGETS), help="peers' bits per pixel")
     parser.add_argument("--reuse", type=Path, metavar="CSV", help="rates.csv of an earlier run: what it holds of peers "
                                                                  "and of --also is not measured again")
+    parser.add_argument("--resume", action="store_true", help="go on with what OUTPUT's rates.csv holds, ours too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
     try:
@@ -72,16 +73,19 @@ def evaluate(args: argparse.Namespace) -> None:
     lpips, lpips_note = find_lpips(args.lpips_weights)
     judge = Judge(lpips, 16)
     args.output.mkdir(parents=True, exist_ok=True)
-    known = read_rows(args.reuse) if args.reuse else []
+    known = [row for row in read_rows(args.reuse) if not row.codec.startswith("ours ")] if args.reuse else []
+    table = args.output / "rates.csv"
+    known += read_rows(table) if args.resume and table.is_file() else []
     rows: list[Row] = []
     for file in tqdm(files, disable=args.quiet, unit="image"):
         old = [row for row in known if row.image == file.name]
         rows += measured(file.name, load_image(file).pixels, codecs, old, peers, args, judge)
+        write_file(table, table_csv(rows + [row for row in known if row.image > file.name]).encode())
     points = averages(rows, len(files))
     report = {"model": args.model, "images": args.images.name, "num_images": len(files),
               "lpips": lpips_note if lpips else "not measured, no weights", "peers": peers,
               "unavailable": sorted(set(args.compare) - set(peers)), "points": points, "provenance": provenance()}
-    write_file(args.output / "rates.csv", table_csv(rows).encode())
+    write_file(table, table_csv(rows).encode())
     write_file(args.output / "rates.json", json.dumps(report, indent=1).encode() + b"\n")
     write_file(args.output / "rates.md", markdown(report).encode())
     plot(points, len(files), args.output / "rates.svg")
@@ -93,7 +97,7 @@ def measured(name: str, original: np.ndarray, codecs: dict[str, TokenCodec], old
              args: argparse.Namespace, judge: Judge) -> Iterator[Row]:
     """All rows of one image."""
     for label, codec in codecs.items():
-        reused = [row for row in old if row.codec == label and not label.startswith("ours ")]
+        reused = [row for row in old if row.codec == label]
         yield from reused or [ours(name, original, label, codec, judge)]
     for peer in peers:
         reused = [row for row in old if row.codec.startswith(f"{peer} 1/")]

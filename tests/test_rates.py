@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.shared import SHARED, needs_shared
+from tests.shared import ROOT, SHARED, needs_shared
 from vtc import hub
 from vtc.cli import decode, encode
 from vtc.codecs.rates import RateControl
@@ -356,12 +356,13 @@ def test_what_families_are_not_made_of(material, capsys):
 
 # ---- the report -----------------------------------------------------------------------------------------------------
 
-def test_the_rates_script_measures_whole_files(folder, here, capsys):
+def test_the_rates_script_measures_whole_files(folder, here, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     family = TokenizerFamily.load(folder / FAMILY)
     family.members[8]["decoder.stem.bias"] = family.members[8]["decoder.stem.bias"] + 1
     family.save(here / "other.safetensors")
-    script = import_module("scripts.evaluate_rates")
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # as when it is run: scripts import their neighbours
+    script = import_module("evaluate_rates")
     run = ["--model", str(folder), "--images", str(here), "--output", "out", "--compare", "jpeg2000", "--downsample",
            "1", "2", "--targets", "0.2", "2", "--also", "other=other.safetensors", "--quiet"]
     assert script.main(run) == 0
@@ -386,5 +387,10 @@ def test_the_rates_script_measures_whole_files(folder, here, capsys):
     for old, new in zip(json.loads(before)["points"], after["points"], strict=True):
         assert {k: v for k, v in old.items() if "seconds" not in k} == {k: v for k, v in new.items()
                                                                        if "seconds" not in k}
+    table = (here / "out" / "rates.csv").read_text().splitlines()
+    (here / "out" / "rates.csv").write_text("\n".join(table[: len(table) // 2]) + "\n")  # a run that was stopped
+    assert script.main([*run, "--resume"]) == 0
+    assert [line.split(",")[:6] for line in (here / "out" / "rates.csv").read_text().splitlines()] == [
+        line.split(",")[:6] for line in table]
     assert script.main([*run[:1], str(here), *run[2:]]) == 1
     assert "has no family" in capsys.readouterr().err
