@@ -51,7 +51,8 @@ class Means(FaceEngine):
 
 def pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
     draw = np.random.default_rng(seed)
-    return tuple(draw.integers(0, 256, (40, 60, 3), dtype=np.uint8) for _ in range(2))
+    first, second = (draw.integers(0, 256, (40, 60, 3), dtype=np.uint8) for _ in range(2))
+    return first, second
 
 
 FACES = Annotation("a.png", 40, 60, faces=(

@@ -308,7 +308,7 @@ def picture_of(values: list[int]) -> tuple[Annotation, np.ndarray]:
     for i, value in enumerate(values):
         pixels[5, 10 * i + 2] = value
         words.append(Word((10 * i + 2.9, 5.9, 10 * i + 8.9, 11.2), str(value), 0.025))
-    return Annotation("p.png", *pixels.shape[:2], tuple(words)), pixels
+    return Annotation("p.png", 20, 10 * len(values), tuple(words)), pixels
 
 
 def test_the_crop_is_the_box_cut_to_whole_pixels():
