@@ -71,7 +71,8 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     members = members_of(args.model)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    views = cached_grids(args.work_dir / "train", members, image_files(args.train_data_dir), args.views, recipe.seed)
+    views = cached_grids(args.work_dir / "train", members, image_files(args.train_data_dir), args.views, recipe.seed,
+                         args.mixed_precision == "bf16")
     validation = None
     if args.validation_data_dir:
         files = image_files(args.validation_data_dir)
