@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -391,11 +390,11 @@ def test_misfits_of_policy_and_model_are_refused(tiny: dict[str, Tiny]) -> None:
     for policy, why in ((HACK(((0,),), 20), "do not fit"), (HACK(((0,), (0,), (0,)), 3), "no room for the first"),
                         (ScaleKV(((),), 20), "do not fit"), (PerLayer((H2O(5),)), "1 policies do not fit"),
                         (AdaptiveHeads(H2O(5), ((5,),)), "do not fit"), (HeatKV((((1.0,),),), 20), "calibrate"),
-                        (replace(POLICIES["heatkv"](schedule, 20), tokens=2), "too small")):  # type: ignore[type-var]
+                        (HeatKV((((1.0,) * 5,) * 4,) * 3, 2), "too small")):
         with pytest.raises(ConfigError, match=why):
             KVCache(schedule, policy)
     with pytest.raises(ConfigError, match="Step 0 has"):
-        KVCache(schedule).attend(*torch.zeros(3, 1, 4, 2, 8), 0, 0)
+        KVCache(schedule).attend(*torch.zeros(3, 1, 4, 2, 8).unbind(), layer=0, step=0)
     with pytest.raises(ConfigError, match="does not come back"):
         KVCache(schedule, StreamingLLM(9)).truncate(1)
 

@@ -160,7 +160,7 @@ class KVCache:
             buffer.split(fine)
 
     @staticmethod
-    def _with(buffer: TokenBuffer, x: Tensor, written: bool) -> Tensor:
+    def _with(buffer: TokenBuffer | MixedBuffer, x: Tensor, written: bool) -> Tensor:
         if buffer.length == 0:
             return x
         return buffer.read(x.dtype) if written else torch.cat([buffer.read(x.dtype), x], 2)
