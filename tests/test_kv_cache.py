@@ -394,7 +394,8 @@ def test_misfits_of_policy_and_model_are_refused(tiny: dict[str, Tiny]) -> None:
         with pytest.raises(ConfigError, match=why):
             KVCache(schedule, policy)
     with pytest.raises(ConfigError, match="Step 0 has"):
-        KVCache(schedule).attend(*torch.zeros(3, 1, 4, 2, 8).unbind(), layer=0, step=0)
+        q = torch.zeros(1, 4, 2, 8)
+        KVCache(schedule).attend(q, q, q, 0, 0)
     with pytest.raises(ConfigError, match="does not come back"):
         KVCache(schedule, StreamingLLM(9)).truncate(1)
 
