@@ -123,6 +123,8 @@ _MODULE_OF = {
     "error_spectrum": "vtc.eval.lattice",
     "estimate_shift": "vtc.eval.scale_consistency",
     "export_samples": "vtc.eval.protocols",
+    "face_fidelity": "vtc.eval.face_fidelity",
+    "FaceFidelity": "vtc.eval.face_fidelity",
     "feature_statistics": "vtc.eval.frechet",
     "FeatureStatistics": "vtc.eval.frechet",
     "frechet_distance": "vtc.eval.frechet",
@@ -137,7 +139,9 @@ _MODULE_OF = {
     "LatticeRatio": "vtc.eval.lattice",
     "learned_perceptual_image_patch_similarity": "vtc.eval.lpips",
     "LearnedPerceptualImagePatchSimilarity": "vtc.eval.lpips",
+    "load_face_engine": "vtc.eval.engines.catalogue",
     "load_statistics": "vtc.eval.frechet",
+    "load_text_engine": "vtc.eval.engines.catalogue",
     "mean_squared_error": "vtc.eval.psnr",
     "multiscale_structural_similarity": "vtc.eval.ssim",
     "MultiscaleStructuralSimilarity": "vtc.eval.ssim",
@@ -157,6 +161,8 @@ _MODULE_OF = {
     "structural_similarity": "vtc.eval.ssim",
     "StructuralSimilarity": "vtc.eval.ssim",
     "Suite": "vtc.eval.suite",
+    "text_fidelity": "vtc.eval.text_fidelity",
+    "TextFidelity": "vtc.eval.text_fidelity",
     "tiling_error": "vtc.eval.scale_consistency",
     "WaveletBandEnergies": "vtc.eval.wavelet_bands",
 }
@@ -186,6 +192,10 @@ if TYPE_CHECKING:
     from vtc.eval.dists import (
         deep_image_structure_and_texture_similarity as deep_image_structure_and_texture_similarity,
     )
+    from vtc.eval.engines.catalogue import load_face_engine as load_face_engine
+    from vtc.eval.engines.catalogue import load_text_engine as load_text_engine
+    from vtc.eval.face_fidelity import FaceFidelity as FaceFidelity
+    from vtc.eval.face_fidelity import face_fidelity as face_fidelity
     from vtc.eval.features import Inception as Inception
     from vtc.eval.features import PooledFeatures as PooledFeatures
     from vtc.eval.frechet import FeatureStatistics as FeatureStatistics
@@ -224,6 +234,8 @@ if TYPE_CHECKING:
     from vtc.eval.ssim import padded_structural_similarity as padded_structural_similarity
     from vtc.eval.ssim import structural_similarity as structural_similarity
     from vtc.eval.suite import Suite as Suite
+    from vtc.eval.text_fidelity import TextFidelity as TextFidelity
+    from vtc.eval.text_fidelity import text_fidelity as text_fidelity
     from vtc.eval.wavelet_bands import WaveletBandEnergies as WaveletBandEnergies
     from vtc.eval.wavelet_bands import band_energies as band_energies
     from vtc.eval.wavelet_bands import haar_bands as haar_bands
