@@ -32,6 +32,7 @@ _MODULE_OF = {
     "LoadedImage": "vtc.images",
     "load_image": "vtc.images",
     "save_image": "vtc.images",
+    "load_codec": "vtc.models",
     "load_tokenizer": "vtc.models",
     # tokenizers
     "CodebookFamily": "vtc.tokenizers.codebook_clustering",
@@ -103,6 +104,8 @@ _MODULE_OF = {
     "WeTok": "vtc.tokenizers.wetok",
     # codecs
     "RateControl": "vtc.codecs.rates",
+    "CompressAIForm": "vtc.codecs.compressai_form",
+    "Received": "vtc.codecs.token_codec",
     "TokenCodec": "vtc.codecs.token_codec",
     "TokenPrior": "vtc.codecs.prior",
     # metrics and the suite behind vtc-eval: classes, and functional twins in lower case
@@ -170,6 +173,8 @@ _MODULE_OF = {
 if TYPE_CHECKING:
     from vtc.codecs.prior import TokenPrior as TokenPrior
     from vtc.codecs.rates import RateControl as RateControl
+    from vtc.codecs.compressai_form import CompressAIForm as CompressAIForm
+    from vtc.codecs.token_codec import Received as Received
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
     from vtc.errors import ConfigError as ConfigError
@@ -242,6 +247,7 @@ if TYPE_CHECKING:
     from vtc.images import LoadedImage as LoadedImage
     from vtc.images import load_image as load_image
     from vtc.images import save_image as save_image
+    from vtc.models import load_codec as load_codec
     from vtc.models import load_tokenizer as load_tokenizer
     from vtc.tokenizers.base import Quantized as Quantized
     from vtc.tokenizers.base import Tokenizer as Tokenizer
