@@ -573,7 +573,7 @@ def test_the_bundled_prior_saves_at_least_eight_per_cent_on_a_kodak_picture(bund
     tokens = codec.tokenizer.encode(picture)
     stream, other = codec.compress_tokens(tokens)[0], plain.compress_tokens(tokens)[0]
     learned, static = container.parse(stream), container.parse(other)
-    assert (learned.coder, static.coder) == (Coder.PRIOR, Coder.STATIC_ANS)
+    assert learned.coder == Coder.PRIOR != static.coder
     assert len(learned.payload) <= 0.92 * len(static.payload)
     assert torch.equal(codec.decompress_tokens(stream).indices, tokens.indices)
 
