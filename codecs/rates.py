@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import ConfigError, ImageError
+from vtc.images import LoadedImage
 
 
 class RateControl:
@@ -36,12 +37,14 @@ class RateControl:
                               f"The model has the qualities 1 to {self.qualities}, and {quality} is none of them.")
         return self.codec_of(quality)
 
-    def compress(self, image: Tensor, quality: int) -> bytes:
-        """(3, H, W) in [0, 1] to its stream. Raises ConfigError where there is no such quality."""
+    def compress(self, image: Tensor | LoadedImage, quality: int) -> bytes:
+        """(3, H, W) in [0, 1], or a picture, to its stream. Raises ConfigError where there is no such quality."""
+        if isinstance(image, LoadedImage):
+            return self.codec(quality).compress_picture(image, self.resilience, self.progressive)
         (stream,) = self.codec(quality).compress(image[None], self.resilience, self.progressive)
         return stream
 
-    def compress_within(self, image: Tensor, max_bytes: int) -> tuple[bytes, int]:
+    def compress_within(self, image: Tensor | LoadedImage, max_bytes: int) -> tuple[bytes, int]:
         """The stream of the highest quality that has at most `max_bytes`, and that quality.
 
         The next quality is larger than that. Raises ImageError with the smallest possible size where nothing fits.
@@ -60,7 +63,7 @@ class RateControl:
             raise ImageError(f"The smallest file of this image has {len(stream)} bytes, and {max_bytes} are allowed.")
         return found
 
-    def compress_at(self, image: Tensor, bits_per_pixel: float) -> tuple[bytes, int]:
+    def compress_at(self, image: Tensor | LoadedImage, bits_per_pixel: float) -> tuple[bytes, int]:
         """As `compress_within`, for the highest rate at or below `bits_per_pixel` of the whole file."""
-        height, width = image.shape[-2:]
+        height, width = (image.height, image.width) if isinstance(image, LoadedImage) else image.shape[-2:]
         return self.compress_within(image, int(bits_per_pixel * height * width / 8 + 1e-9))

@@ -19,9 +19,10 @@ from vtc.codecs.chunks import ChunkedContainer, Division
 from vtc.codecs.container import Coder, Container
 from vtc.codecs.entropy import Indices
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
+from vtc.images import LoadedImage
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 from vtc.tokenizers.extra_words import takes_extra_words, with_extra_words
-from vtc.tokenizers.tiling import decode_tiled, encode_tiled
+from vtc.tokenizers.tiling import Write, decode_tiles, encode_tiled, encode_tiles
 
 
 class Prior(Protocol):
@@ -106,14 +107,26 @@ class TokenCodec:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ImageError("TokenCodec.compress takes float images of shape (B, 3, H, W) in [0, 1], not "
                              f"{images.dtype} of shape {tuple(images.shape)}.")
-        height, width = images.shape[-2:]
+        self._check_size(images.shape[-2], images.shape[-1])
+        self._division(resilience, progressive)  # what cannot be coded is said before the work
+        tokens = encode_tiled(self.tokenizer, images.to(_device(self.tokenizer)))
+        return self.compress_tokens(tokens, resilience, progressive)
+
+    @torch.no_grad()
+    def compress_picture(self, picture: LoadedImage, resilience: int = 0, progressive: bool = False) -> bytes:
+        """As `compress`, of a picture file's pixels: only tiles of it become floats, so memory is bounded by those."""
+        self._check_size(picture.height, picture.width)
+        self._division(resilience, progressive)
+        device = _device(self.tokenizer)
+        tokens = encode_tiles(self.tokenizer, lambda rows, columns: picture.part(rows, columns).to(device),
+                              picture.height, picture.width)
+        return self.compress_tokens(tokens, resilience, progressive)[0]
+
+    def _check_size(self, height: int, width: int) -> None:
         try:
             container.check_limits(height, width, ((1, 1),), 1, self.max_pixels)
         except BitstreamError as error:
             raise ImageError(f"The image cannot be coded: {error}") from error
-        self._division(resilience, progressive)  # what cannot be coded is said before the work
-        tokens = encode_tiled(self.tokenizer, images.to(_device(self.tokenizer)))
-        return self.compress_tokens(tokens, resilience, progressive)
 
     @torch.no_grad()
     def decompress(self, streams: list[bytes], generator: torch.Generator | None = None, strict: bool = False,
@@ -129,26 +142,54 @@ class TokenCodec:
     @torch.no_grad()
     def draw(self, received: Received, generator: torch.Generator | None = None, strict: bool = False) -> Tensor:
         """The image (3, H, W) of what arrived. Raises as `decompress`."""
-        tokens = received.tokens
+        height, width = received.tokens.height, received.tokens.width
+        images: list[Tensor] = []
+
+        def write(rows: slice, columns: slice, pixels: Tensor) -> None:
+            if not images:
+                images.append(pixels if pixels.shape[-2:] == (height, width)
+                              else pixels.new_empty(1, 3, height, width))
+            if images[0] is not pixels:
+                images[0][..., rows, columns] = pixels
+
+        self.draw_tiles(received, write, generator, strict)
+        return images[0][0]
+
+    @torch.no_grad()
+    def draw_tiles(self, received: Received, write: Write, generator: torch.Generator | None = None,
+                   strict: bool = False) -> None:
+        """As `draw`, of an image that is never in memory as a whole: `write` takes its rows, its columns and the pixels
+        (1, 3, h, w) that stand there, tile by tile. Raises as `decompress`.
+        """
+        def checked(rows: slice, columns: slice, pixels: Tensor) -> None:
+            if pixels.shape != (1, 3, rows.stop - rows.start, columns.stop - columns.start):
+                raise ModelError(f"The model drew an image of shape {tuple(pixels.shape)} for a stream of "
+                                 f"{tokens.width}x{tokens.height} pixels.")
+            write(rows, columns, pixels)
+
+        tokens, tokenizer = received.tokens, self.tokenizer
         if strict:
             self._refuse_loss(received)
         if received.stages is not None and received.lost.any():
-            return self._image(self.tokenizer.decode_stages(tokens, self._shown(received)), tokens)
+            images = tokenizer.decode_stages(tokens, self._shown(received))
+            checked(slice(0, tokens.height), slice(0, tokens.width), images)
+            return
         if (received.lost.any() and self.concealer is not None and self.codewords is not None
-                and _is_one_grid(tokens.layout) and takes_extra_words(self.tokenizer)):
-            return self._image(self._draw_guesses(received, self.concealer, self.codewords, generator), tokens)
-        return self._image(decode_tiled(self.tokenizer, self.conceal(received), generator), tokens)
+                and _is_one_grid(tokens.layout) and takes_extra_words(tokenizer)):
+            tokenizer, tokens = self._guesses(received, self.concealer, self.codewords)
+        else:
+            tokens = self.conceal(received)
+        decode_tiles(tokenizer, tokens, checked, generator)
 
-    def _draw_guesses(self, received: Received, concealer: Concealer, codewords: Tensor,
-                      generator: torch.Generator | None) -> Tensor:
-        """The images with vectors between the words where tokens are lost: each becomes one more word."""
+    def _guesses(self, received: Received, concealer: Concealer, codewords: Tensor) -> tuple[Tokenizer, Tokens]:
+        """A tokenizer in which the vectors that are guessed for lost tokens are words, too, and the tokens in it."""
         tokens, lost = received.tokens, received.lost[..., 0]
         _refuse_nothing(received)
         codes = concealer.conceal_codes(tokens.indices[..., 0], lost, tokens.layout.scales[0],
                                         codewords.to(tokens.indices.device))
         words, indices = codes[lost], tokens.indices.clone()
         indices[lost] = len(codewords) + torch.arange(len(words), device=indices.device)[:, None]
-        return decode_tiled(with_extra_words(self.tokenizer, words), replace(tokens, indices=indices), generator)
+        return with_extra_words(self.tokenizer, words), replace(tokens, indices=indices)
 
     @torch.no_grad()
     def draw_stages(self, received: Received, strict: bool = False) -> list[Tensor]:

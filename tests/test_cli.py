@@ -371,15 +371,15 @@ def test_models_and_devices_that_are_not_there(here: Path, run: Say, monkeypatch
     MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")])
 def test_too_little_memory(error: Exception, here: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compress(self: TokenCodec, *args: object) -> list[bytes]:
+    def compress(self: TokenCodec, *args: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(TokenCodec, "compress", compress)
+    monkeypatch.setattr(TokenCodec, "compress_picture", compress)
     failed(run("encode", "a.png"), "a.png: there is not enough memory for it")
 
 
 def test_a_bug_is_one_sentence_too(here: Path, run: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TokenCodec, "compress", lambda self, *args: 1 // 0)
+    monkeypatch.setattr(TokenCodec, "compress_picture", lambda self, *args: 1 // 0)
     failed(run("encode", "a.png"), "a.png: unexpected ZeroDivisionError at test_cli.py:", "by zero.")
 
 

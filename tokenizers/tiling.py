@@ -9,7 +9,7 @@ RuntimeWarning says so.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -20,26 +20,40 @@ from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 #: side in pixels of a tile without its halo: activations of some 400 MB for the bundled model
 DEFAULT_TILE = 1024
 
+#: gives the pixels (B, 3, h, w) in [0, 1] of some rows and columns of the images
+Read = Callable[[slice, slice], Tensor]
+#: takes them
+Write = Callable[[slice, slice, Tensor], None]
+
 
 def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE) -> Tokens:
     """`tokenizer.encode(images)`, tile by tile where the tokenizer is local and the images are larger than a tile.
 
     tile: side in pixels, without the halo that is read around it; rounded down to whole tokens.
     """
+    return encode_tiles(tokenizer, lambda rows, columns: images[..., rows, columns], *images.shape[-2:], tile)
+
+
+def encode_tiles(tokenizer: Tokenizer, read: Read, height: int, width: int, tile: int = DEFAULT_TILE) -> Tokens:
+    """As `encode_tiled`, of images that are never in memory as a whole: `read` gives one tile with its halo at a time.
+
+    Of a tokenizer that is not local, and of images no larger than a tile, it is asked for everything at once.
+    """
     _check(tokenizer, tile)
-    height, width = images.shape[-2:]
     layout = tokenizer.layout(height, width)
     if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, layout):
-        return tokenizer.encode(images)
+        return tokenizer.encode(read(slice(0, height), slice(0, width)))
     f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
     ((rows, columns),) = layout.scales
-    indices = torch.empty(len(images), rows, columns, layout.groups, dtype=torch.int64, device=images.device)
+    strips = []
     for inner_rows, outer_rows in _spans(rows, tile // f, halo):
+        strip = []
         for inner_columns, outer_columns in _spans(columns, tile // f, halo):
-            (grid,) = tokenizer.encode(images[..., _scaled(outer_rows, f), _scaled(outer_columns, f)]).grids()
-            indices[:, inner_rows, inner_columns] = grid[:, _within(inner_rows, outer_rows),
-                                                         _within(inner_columns, outer_columns)]
-    return Tokens(indices.flatten(1, 2), layout, height, width)
+            images = read(_scaled(outer_rows, f, height), _scaled(outer_columns, f, width))
+            (grid,) = tokenizer.encode(images).grids()
+            strip.append(grid[:, _within(inner_rows, outer_rows), _within(inner_columns, outer_columns)])
+        strips.append(torch.cat(strip, 2))
+    return Tokens(torch.cat(strips, 1).flatten(1, 2), layout, height, width)
 
 
 def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generator | None = None,
@@ -48,24 +62,40 @@ def decode_tiled(tokenizer: Tokenizer, tokens: Tokens, generator: torch.Generato
 
     tile: as of `encode_tiled`.
     """
+    images: list[Tensor] = []
+
+    def write(rows: slice, columns: slice, pixels: Tensor) -> None:
+        if (rows.stop - rows.start, columns.stop - columns.start) == (tokens.height, tokens.width):
+            images.append(pixels)
+            return
+        if not images:
+            images.append(pixels.new_empty(len(tokens), 3, tokens.height, tokens.width))
+        images[0][..., rows, columns] = pixels
+
+    decode_tiles(tokenizer, tokens, write, generator, tile)
+    return images[0]
+
+
+def decode_tiles(tokenizer: Tokenizer, tokens: Tokens, write: Write, generator: torch.Generator | None = None,
+                 tile: int = DEFAULT_TILE) -> None:
+    """As `decode_tiled`, of images that are never in memory as a whole: `write` takes one tile at a time."""
     _check(tokenizer, tile)
     height, width = tokens.height, tokens.width
     if max(height, width) <= tile + 2 * tokenizer.halo or not _can_tile(tokenizer, tokens.layout):
-        return tokenizer.decode(tokens, generator=generator)
+        write(slice(0, height), slice(0, width), tokenizer.decode(tokens, generator=generator))
+        return
     f, halo = tokenizer.downsample, _in_tokens(tokenizer.halo, tokenizer.downsample)
     ((rows, columns),) = tokens.layout.scales
     (grid,) = tokens.grids()
-    images = torch.empty(len(tokens), 3, height, width, device=grid.device)
     for inner_rows, outer_rows in _spans(rows, tile // f, halo):
         for inner_columns, outer_columns in _spans(columns, tile // f, halo):
             part = grid[:, outer_rows, outer_columns]
-            size = (min(outer_rows.stop * f, height) - outer_rows.start * f,
-                    min(outer_columns.stop * f, width) - outer_columns.start * f)
+            y, x = _scaled(inner_rows, f, height), _scaled(inner_columns, f, width)
+            outer_y, outer_x = _scaled(outer_rows, f, height), _scaled(outer_columns, f, width)
             layout = TokenLayout(((part.shape[1], part.shape[2]),), tokens.layout.vocab)
-            pixels = tokenizer.decode(Tokens(part.flatten(1, 2), layout, *size), generator=generator)
-            y, x = (slice(s.start * f, s.stop * f) for s in (inner_rows, inner_columns))
-            images[..., y, x] = pixels[..., _within(y, _scaled(outer_rows, f)), _within(x, _scaled(outer_columns, f))]
-    return images
+            pixels = tokenizer.decode(Tokens(part.flatten(1, 2), layout, outer_y.stop - outer_y.start,
+                                             outer_x.stop - outer_x.start), generator=generator)
+            write(y, x, pixels[..., _within(y, outer_y), _within(x, outer_x)])
 
 
 def warn_of_tiles(network: nn.Module) -> None:
@@ -83,7 +113,7 @@ def _can_tile(tokenizer: Tokenizer, layout: TokenLayout) -> bool:
     if tokenizer.is_local and len(layout.scales) == 1:
         return True
     warnings.warn(f"{type(tokenizer).__name__} is not local, so tiles would change its result: it works on the whole "
-                  "image at once, and memory grows with the image.", RuntimeWarning, stacklevel=3)
+                  "image at once, and memory grows with the image.", RuntimeWarning, stacklevel=4)
     return False
 
 
@@ -102,5 +132,6 @@ def _within(inner: slice, outer: slice) -> slice:
     return slice(inner.start - outer.start, inner.stop - outer.start)
 
 
-def _scaled(span: slice, factor: int) -> slice:
-    return slice(span.start * factor, span.stop * factor)
+def _scaled(span: slice, factor: int, end: int) -> slice:
+    """Of tokens to pixels, of which there are `end`."""
+    return slice(span.start * factor, min(span.stop * factor, end))

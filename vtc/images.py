@@ -55,6 +55,21 @@ class LoadedImage:
         """float32 (3, H, W) in [0, 1]."""
         return to_tensor(self.pixels)
 
+    def part(self, rows: slice, columns: slice) -> Tensor:
+        """float32 (1, 3, h, w) in [0, 1]: a picture of 100 megapixels would be 1.2 GB of it."""
+        return to_tensor(self.pixels[rows, columns])[None]
+
+
+class Canvas:
+    """A picture that is drawn part by part: `pixels`, uint8 (H, W, 3)."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.pixels = np.zeros((height, width, 3), dtype=np.uint8)
+
+    def put(self, rows: slice, columns: slice, image: Tensor) -> None:
+        """Draw (1, 3, h, w) in [0, 1], rounded as by `to_uint8`, onto some rows and columns."""
+        self.pixels[rows, columns] = to_uint8(image)
+
 
 def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXELS,
                name: str | None = None) -> LoadedImage:
@@ -161,12 +176,13 @@ def _upright(image: Image.Image, notes: list[str]) -> Image.Image:
     """Apply the EXIF orientation."""
     try:
         orientation = image.getexif().get(0x0112, 1)
+        if orientation not in range(2, 9):
+            return image  # Pillow would copy it
         turned = ImageOps.exif_transpose(image)
     except Exception:  # whatever a damaged EXIF block raises; the pixels are fine
         notes.append("ignored EXIF data that cannot be read")
         return image
-    if orientation in range(2, 9):
-        notes.append(f"turned upright, EXIF orientation {orientation}")
+    notes.append(f"turned upright, EXIF orientation {orientation}")
     return turned
 
 
@@ -184,7 +200,8 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> Image.Image:
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         colour = _transformed(colour, lab, srgb)
         notes.append("converted Lab to sRGB")
-    colour = colour.convert("RGB")
+    if colour.mode != "RGB":  # a copy of a large picture is worth avoiding
+        colour = colour.convert("RGB")
     if alpha is not None and alpha.getextrema()[0] != 255:
         colour = Image.composite(colour, Image.new("RGB", colour.size, "white"), alpha)
         notes.append("composited transparency on white")

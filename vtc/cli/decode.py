@@ -101,7 +101,7 @@ def _format_of(path: str, wanted: str | None) -> str:
 def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task], Made]:
     from vtc.codecs import chunks
     from vtc.codecs.container import Coder
-    from vtc.images import MAX_PIXELS, encode_image
+    from vtc.images import MAX_PIXELS, Canvas, encode_image, to_uint8
 
     model: str | None = args.model
     share_cpus(jobs)
@@ -132,9 +132,12 @@ def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task
         if args.progressive:
             *stages, image = codec.draw_stages(received, args.strict)
             coarser = [encode_image(stage, format) for stage in stages]
+            pixels = to_uint8(image)
         else:
-            image = codec.draw(received, strict=args.strict)
-        return Made(encode_image(image, format), header.width, header.height, len(stream), notes, loading,
+            canvas = Canvas(header.height, header.width)  # tiles at once as bytes: 100 megapixels are 1.2 GB of floats
+            codec.draw_tiles(received, canvas.put, strict=args.strict)
+            pixels = canvas.pixels
+        return Made(encode_image(pixels, format), header.width, header.height, len(stream), notes, loading,
                     stages=coarser)
 
     return work

@@ -108,12 +108,12 @@ def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
         image = load_image(read_file(task.source), name=name)
         waited.seconds = 0.0
         if args.bytes is not None:
-            stream, quality = rates.compress_within(image.tensor(), args.bytes)
+            stream, quality = rates.compress_within(image, args.bytes)
         elif args.bpp is not None:
-            stream, quality = rates.compress_at(image.tensor(), args.bpp)
+            stream, quality = rates.compress_at(image, args.bpp)
         else:
             quality = args.quality or rates.qualities
-            stream = rates.compress(image.tensor(), quality)
+            stream = rates.compress(image, quality)
         return Made(stream, image.width, image.height, len(stream), image.notes, waited.seconds,
                     quality if family else None)
 
