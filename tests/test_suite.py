@@ -12,6 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,8 +54,7 @@ def folders(tmp_path_factory) -> Path:
         for kind, suffix in (("ref", ".png"), ("rec", ".jpg")):
             path = root / kind / f"{place}{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            options = {"quality": 30 - 5 * number} if kind == "rec" else {}
-            Image.fromarray(picture(number, height, width)).save(path, **options)
+            Image.fromarray(picture(number, height, width)).save(path, quality=30 - 5 * number)
     torch.manual_seed(0)
     LocalVQ(codebook_size=32, dim=4, encoder_widths=(4, 4, 4), encoder_depths=(0, 0, 1), decoder_widths=(4, 4, 4, 4),
             decoder_depths=(0, 0, 0, 1), thin=4).save_pretrained(root / "model")
@@ -69,6 +69,7 @@ def run(capsys, monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
 
     def call(*argv, cache: Path | None = None) -> SimpleNamespace:
+        code: Any
         try:
             code = main([*map(str, argv), "--cache", str(cache or tmp_path / "cache"), "-q"])
         except SystemExit as exit:
@@ -299,7 +300,8 @@ class Halved(Method):
 
     def __init__(self, factor: float = 0.5) -> None:
         self.description = {"factor": factor, "vocab": [4]}
-        self.factor, self.calls, self.alive, self.most = factor, 0, weakref.WeakSet(), 0
+        self.factor, self.calls, self.most = factor, 0, 0
+        self.alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
 
     def reconstruct(self, item, image):
         self.calls += 1

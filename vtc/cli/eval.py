@@ -57,8 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--peers", metavar="NAMES", type=_words, action="extend", default=[],
                       help="classical peers, as in --codec")
     what.add_argument("--rates", metavar="BPP", nargs="+", type=_rate, default=[],
-                      help="bits per pixel of the peers, whole files; 'match' gives them the bytes of the first model, "
-                           "image by image, which is the default beside one")
+                      help="bits per pixel of the peers and of models with a family, whole files; 'match' gives the "
+                           "peers the bytes of the first model, image by image, which is the default beside one")
     what.add_argument("--downsample", metavar="N,N", type=_whole_numbers, default=[1, 2, 4],
                       help="factors by which peers may shrink the picture first; default 1,2,4")
     what.add_argument("--best-by", choices=["lpips", "psnr"], help="how a peer's factor is chosen; default lpips "

@@ -18,15 +18,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vtc.cli.common import load_model
+from vtc.cli.common import load_codec, load_model
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_best
+from vtc.codecs.rates import RateControl
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, ModelError
+from vtc.errors import ConfigError, ImageError, ModelError
 from vtc.eval.pairs import Item
 from vtc.eval.provenance import sha256, tensors_sha256
 from vtc.eval.suite import Method, Reconstruction, timed
 from vtc.images import to_tensor, to_uint8
-from vtc.models import MODEL_IDS
+from vtc.models import MODEL_IDS, family_of
 from vtc.torchvision_guard import ensure_torchvision_imports
 
 #: other names of the classical peers
@@ -43,9 +44,9 @@ class TokenCodecMethod(Method):
     def __init__(self, name: str, device: str) -> None:
         self.name = Path(name).name
         self.family = re.sub(r"-s\d+$", "", self.name)
-        self.tokenizer = load_model(name, device)
-        self.codec = TokenCodec(self.tokenizer)
-        self.description = {"kind": "token codec", **_about(self.tokenizer), "device": device}
+        self.codec = load_codec(name, device)
+        self.description = {"kind": "token codec", **_about(self.codec.tokenizer), **_prior(self.codec),
+                            "device": device}
         self._sizes: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -73,6 +74,44 @@ class TokenCodecMethod(Method):
                 self._sizes.popitem(last=False)
 
 
+class FamilyMethod(Method):
+    """A model and its family at a rate: image by image, the most words whose whole file fits, as `vtc-encode --bpp`."""
+
+    kind = "codec"
+
+    def __init__(self, name: str, rate: float, device: str) -> None:
+        family = family_of(name)
+        if family is None:
+            raise ConfigError(f"The model {name} has no family, so no rate can be chosen.")
+        self.family, self.rate = Path(name).name, rate
+        self.name = f"{self.family} at {rate:g} bpp"
+        self.sizes = (*family.sizes, None)
+        self._codecs: dict[int, TokenCodec] = {}
+        self._lock = threading.Lock()
+        self._load = lambda quality: load_codec(name, device, self.sizes[quality - 1])
+        self.rates = RateControl(self._codec, len(self.sizes))
+        whole = self._codec(self.rates.qualities)
+        self.description = {"kind": "token codec at a rate", "rate": rate, **_about(whole.tokenizer), **_prior(whole),
+                            "members": {str(size): text for size, text in family.fingerprints.items()},
+                            "device": device}
+        del self.description["vocab"]  # one for every picture
+
+    def _codec(self, quality: int) -> TokenCodec:
+        with self._lock:
+            if quality not in self._codecs:
+                self._codecs[quality] = self._load(quality)
+        return self._codecs[quality]
+
+    def reconstruct(self, item: Item, image: Tensor) -> Reconstruction | None:
+        try:
+            (data, quality), encode_seconds = timed(lambda: self.rates.compress_at(image[0], self.rate))
+        except ImageError:  # the coarsest file is larger
+            return None
+        (decoded,), decode_seconds = timed(lambda: self._codec(quality).decompress([data]))
+        return Reconstruction(decoded.cpu(), len(data), None, {
+            "encode_seconds": encode_seconds, "decode_seconds": decode_seconds, "quality": float(quality)})
+
+
 class TokenizerMethod(Method):
     """A tokenizer without a file: encode and decode. Its rate is nominal, of tokens that are all equally likely."""
 
@@ -93,6 +132,10 @@ class TokenizerMethod(Method):
         return Reconstruction(decoded[0].cpu(), None, tokens.indices[0].cpu().numpy(),
                               {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds,
                                "nominal_bits": tokens.layout.bits})
+
+
+def _prior(codec: TokenCodec) -> dict[str, Any]:
+    return {"prior": None if codec.prior is None else codec.prior.fingerprint.hex()}
 
 
 def _about(tokenizer: Any) -> dict[str, Any]:
@@ -210,7 +253,8 @@ def codec_methods(names: Sequence[str], rates: Sequence[float | str], factors: S
     """The methods of --codec, in its order.
 
     names: bundled models, '*' and '?' in them, folders, peers, "compressai:ARCHITECTURE:WEIGHTS".
-    rates: of the peers; "match" is the bytes of the first token codec, and stands where nothing is given beside one.
+    rates: of the peers, and of models with a family; "match" is the bytes of the first token codec for the peers, and
+        stands where nothing is given beside one.
     failed: is told of a name that could not be had, and why; the others are still made.
     """
     methods: list[Method] = []
@@ -225,6 +269,9 @@ def codec_methods(names: Sequence[str], rates: Sequence[float | str], factors: S
                 methods.append(CompressAIMethod(architecture, weights, device))
             else:
                 methods.append(TokenCodecMethod(name, device))
+                numbers = [rate for rate in rates if not isinstance(rate, str)]
+                if numbers and family_of(name) is not None:
+                    methods += [FamilyMethod(name, rate, device) for rate in numbers]
         except Exception as error:
             failed(name, error)
     anchor = next((method for method in methods if isinstance(method, TokenCodecMethod)), None)
