@@ -144,6 +144,8 @@ class ChunkedContainer:
                                  f"not {self.model_id} and {len(self.fingerprint)} bytes.")
         if self.coder == Coder.PRIOR:
             raise BitstreamError("A learned prior codes no chunks: each would need the others.")
+        if self.coder == Coder.LATENTS:
+            raise BitstreamError("Continuous latents are not coded in chunks.")
 
     @property
     def lost(self) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ class Coder(IntEnum):
     STATIC_ANS = 1  # the model's static tables
     PRIOR = 2  # a learned prior in whole numbers, which the fingerprint covers too
     SEEDED_ANS = 3  # static tables, and the last indices are the coder's first state
+    LATENTS = 4  # no indices: continuous latents, by a hyperprior which the fingerprint covers too
 
 
 @dataclass(frozen=True)

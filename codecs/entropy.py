@@ -113,6 +113,8 @@ def decode(coder: Coder, payload: bytes, layout: TokenLayout, tables: StaticTabl
     """
     if coder == Coder.PACKED:
         return unpack(payload, layout)
+    if coder == Coder.LATENTS:
+        raise ModelError("The stream holds continuous latents, not tokens: decode it with LatentCodec.")
     if coder not in (Coder.STATIC_ANS, Coder.SEEDED_ANS):
         raise ModelError(f"Coder {coder.name} needs more than static tables: decode the stream with TokenCodec.")
     if tables is None:

@@ -1,4 +1,4 @@
-"""What every tokenizer and every quantizer speaks: `Tokens`, `TokenLayout`, `Quantized`, `Tokenizer`."""
+"""What every tokenizer and quantizer speaks: `Tokens`, `Latents`, `TokenLayout`, `Quantized`, `Tokenizer`."""
 
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ class TokenLayout:
     def bits(self) -> float:
         """Bits of one image's tokens when every index is equally likely."""
         return self.length * sum(math.log2(v) for v in self.vocab)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Continuous latents of a batch of images.
+
+    values: (B, C, h, w), shifted and scaled to about unit variance, as diffusion models take them.
+    height, width: of the true images in pixels, before any padding.
+    """
+
+    values: Tensor
+    height: int
+    width: int
 
 
 @dataclass(frozen=True)

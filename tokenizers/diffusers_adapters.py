@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from vtc.errors import ConfigError, ModelError
 from vtc.hub import PretrainedMixin, read_model
+from vtc.tokenizers.base import Latents
 from vtc.tokenizers.layers import GridTokenizer, mend_group_norms, pad_to_multiple
 from vtc.tokenizers.scale_consistent_vae import AutoencoderKL, ScaleConsistentVAE
 from vtc.tokenizers.tiling import warn_of_tiles
@@ -81,19 +81,6 @@ class DiffusersVQ(GridTokenizer, PretrainedMixin):
         return self.decoder(self.post_quant_conv(z_q), z_q if self.spatial_norm else None)
 
 
-@dataclass(frozen=True)
-class Latents:
-    """Continuous latents of a batch of images.
-
-    values: (B, C, h, w), shifted and scaled to about unit variance, as diffusion models take them.
-    height, width: of the true images in pixels, before any padding.
-    """
-
-    values: Tensor
-    height: int
-    width: int
-
-
 class DiffusersAutoencoder(nn.Module, PretrainedMixin):
     """AutoencoderKL, AutoencoderDC or ScaleConsistentVAE with images in [0, 1] of any size.
 
@@ -104,6 +91,7 @@ class DiffusersAutoencoder(nn.Module, PretrainedMixin):
     """
 
     is_local = False
+    decoding_prefixes = ("model.decoder.", "model.post_quant_conv.")
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -83,7 +83,7 @@ _MODULE_OF = {
     "import_checkpoint": "vtc.tokenizers.upstream",
     "INFINITY_1M": "vtc.tokenizers.multi_scale_binary",
     "InfinityVAE": "vtc.tokenizers.infinity_vae",
-    "Latents": "vtc.tokenizers.diffusers_adapters",
+    "Latents": "vtc.tokenizers.base",
     "LeCAM": "vtc.tokenizers.losses",
     "LlamaGenVQ": "vtc.tokenizers.llamagen_vq",
     "load_checkpoint": "vtc.tokenizers.upstream",
@@ -91,6 +91,7 @@ _MODULE_OF = {
     "OpenMAGVIT2": "vtc.tokenizers.open_magvit2",
     "patch_mse": "vtc.tokenizers.losses",
     "PatchGAN": "vtc.tokenizers.discriminators",
+    "PatchVAE": "vtc.tokenizers.patch_vae",
     "scale_consistency_loss": "vtc.tokenizers.losses",
     "ScaleConsistentVAE": "vtc.tokenizers.scale_consistent_vae",
     "SpectralDiscriminator": "vtc.tokenizers.discriminators",
@@ -103,6 +104,8 @@ _MODULE_OF = {
     "WaveletBands": "vtc.tokenizers.wavelets",
     "WeTok": "vtc.tokenizers.wetok",
     # codecs
+    "Hyperprior": "vtc.codecs.hyperprior",
+    "LatentCodec": "vtc.codecs.latent_codec",
     "RateControl": "vtc.codecs.rates",
     "CompressAIForm": "vtc.codecs.compressai_form",
     "Received": "vtc.codecs.token_codec",
@@ -171,9 +174,11 @@ _MODULE_OF = {
 }
 
 if TYPE_CHECKING:
+    from vtc.codecs.compressai_form import CompressAIForm as CompressAIForm
+    from vtc.codecs.hyperprior import Hyperprior as Hyperprior
+    from vtc.codecs.latent_codec import LatentCodec as LatentCodec
     from vtc.codecs.prior import TokenPrior as TokenPrior
     from vtc.codecs.rates import RateControl as RateControl
-    from vtc.codecs.compressai_form import CompressAIForm as CompressAIForm
     from vtc.codecs.token_codec import Received as Received
     from vtc.codecs.token_codec import TokenCodec as TokenCodec
     from vtc.errors import BitstreamError as BitstreamError
@@ -249,6 +254,7 @@ if TYPE_CHECKING:
     from vtc.images import save_image as save_image
     from vtc.models import load_codec as load_codec
     from vtc.models import load_tokenizer as load_tokenizer
+    from vtc.tokenizers.base import Latents as Latents
     from vtc.tokenizers.base import Quantized as Quantized
     from vtc.tokenizers.base import Tokenizer as Tokenizer
     from vtc.tokenizers.base import TokenLayout as TokenLayout
@@ -261,7 +267,6 @@ if TYPE_CHECKING:
     from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
     from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder as DiffusersAutoencoder
     from vtc.tokenizers.diffusers_adapters import DiffusersVQ as DiffusersVQ
-    from vtc.tokenizers.diffusers_adapters import Latents as Latents
     from vtc.tokenizers.discriminators import BlurPatchGAN as BlurPatchGAN
     from vtc.tokenizers.discriminators import PatchGAN as PatchGAN
     from vtc.tokenizers.discriminators import SpectralDiscriminator as SpectralDiscriminator
@@ -294,6 +299,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.multi_scale_residual import VAR_512 as VAR_512
     from vtc.tokenizers.multi_scale_residual import MultiScaleResidualQuantizer as MultiScaleResidualQuantizer
     from vtc.tokenizers.open_magvit2 import OpenMAGVIT2 as OpenMAGVIT2
+    from vtc.tokenizers.patch_vae import PatchVAE as PatchVAE
     from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
     from vtc.tokenizers.quantizer import Quantizer as Quantizer
     from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer

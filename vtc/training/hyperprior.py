@@ -1,0 +1,263 @@
+"""Training a `LatentCodec`: rate and distortion of several qualities at once, h_s rounded as its whole numbers are.
+
+Each picture of a batch draws a quality q of its own and the loss is lambda_q 255^2 MSE + bits per pixel, CompressAI's
+scale. With `PatchVAE` all parts learn together: then the rate is the KL divergence of a VAE whose posterior is uniform,
+one quantization step wide, from the hyperprior. A given autoencoder stays as it is: then only hyperprior and gains
+learn, and the distortion is that of the latents, which have about unit variance.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vtc.codecs.hyperprior import (
+    ACTIVATION,
+    ACTIVATION_BITS,
+    MIDDLE_SCALE,
+    OUTPUT_BITS,
+    SCALE_BITS,
+    SCALES,
+    SYMBOL_BITS,
+    Hyperprior,
+    WholeSynthesis,
+)
+from vtc.codecs.latent_codec import LatentCodec
+from vtc.codecs.prior import BYTE, TOTAL
+from vtc.errors import ConfigError, TrainingError
+from vtc.training.data import RandomCrops
+from vtc.training.prior import RoundedConv, to_grid
+
+
+class RoundedSynthesis(nn.Module):
+    """The trainable form of `WholeSynthesis`: rounds forward as that does, and gradients pass straight through."""
+
+    def __init__(self, channels: int, hyper_channels: int, width: int, qualities: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.layers = nn.ModuleList((
+            RoundedConv(hyper_channels, 4 * width, 3, SYMBOL_BITS, ACTIVATION_BITS, qualities, 1),
+            RoundedConv(width, 4 * width, 3, ACTIVATION_BITS, ACTIVATION_BITS, qualities, 1),
+            RoundedConv(width, 2 * channels, 3, ACTIVATION_BITS, OUTPUT_BITS, qualities, 1)))
+        with torch.no_grad():  # it starts near mean 0 and the middle scale
+            cast(RoundedConv, self.layers[-1]).weight.mul_(0.1)
+
+    def forward(self, symbols: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+        """See `vtc.codecs.hyperprior.Synthesis`."""
+        x = symbols.clamp(-BYTE, BYTE) / 2**SYMBOL_BITS
+        for layer in self.layers[:-1]:
+            x = F.pixel_shuffle(layer(x, quality, 0, 0, ACTIVATION), 2)
+        means, scales = self.layers[-1](x, quality, 0, -TOTAL, TOTAL).split(self.channels, 1)
+        exact = to_grid(scales, SCALE_BITS, -TOTAL, TOTAL) * 2**SCALE_BITS + MIDDLE_SCALE
+        # Gradients also pass where a number is cut off, or it could never come back.
+        return means, exact + (exact.clamp(0, SCALES - 1) - exact).detach()
+
+    def whole(self) -> dict[str, Tensor]:
+        """The state dict of the `WholeSynthesis` that does the same."""
+        tensors: dict[str, Tensor] = {}
+        for number, layer in enumerate(self.layers):
+            whole = cast(RoundedConv, layer).whole()
+            tensors |= {f"weight_{number}": whole["weight"], f"shift_{number}": whole["shift"],
+                        f"bias_{number}": whole["steps"] + whole["sizes"]}
+        return tensors
+
+
+def make_trainable(hyperprior: Hyperprior) -> None:
+    """Replace h_s by its trainable form, newly initialised."""
+    hyperprior.h_s = RoundedSynthesis(**hyperprior.settings).to(hyperprior.log_gain.device)
+
+
+def make_whole(hyperprior: Hyperprior) -> None:
+    """The inverse, keeping what was learned; then the tables, with the quantiles where the distribution has them."""
+    if isinstance(hyperprior.h_s, RoundedSynthesis):
+        whole = WholeSynthesis(**hyperprior.settings)
+        whole.load_state_dict(hyperprior.h_s.whole())
+        hyperprior.h_s = whole.to(hyperprior.log_gain.device)
+    hyperprior.entropy_bottleneck.update(force=True, update_quantiles=True)
+    hyperprior.update(force=True)
+    cast(WholeSynthesis, hyperprior.h_s).layers()  # raises where a sum is not proved to be exact
+
+
+@dataclass
+class HyperpriorRecipe:
+    """Hyper-parameters of one run; each is a flag of `scripts/train_hyperprior.py`.
+
+    lambdas: one for each quality, with commas, coarse to fine.
+    """
+
+    lambdas: str = "0.001,0.0025,0.006,0.014"
+    hyper_channels: int = 32
+    hyper_width: int = 48
+    resolution: int = 160
+    train_batch_size: int = 6
+    max_train_steps: int = 3000
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 2e-5
+    lr_warmup_steps: int = 50
+    max_grad_norm: float = 1.0
+    quantile_steps: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        try:
+            weights = self.weights
+        except ValueError as error:
+            raise ConfigError(f"The lambdas are numbers with commas between them, not {self.lambdas!r}.") from error
+        if min(weights) <= 0 or self.max_train_steps < 1 or self.train_batch_size < 1:
+            raise ConfigError("A recipe has at least one step of one picture, and lambdas above 0.")
+
+    @property
+    def weights(self) -> list[float]:
+        """The lambdas as numbers."""
+        return [float(text) for text in self.lambdas.split(",")]
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to the final rate."""
+        if step < self.lr_warmup_steps:
+            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
+        span = self.learning_rate - self.final_learning_rate
+        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def first_gains(recipe: HyperpriorRecipe, channels: int, downsample: int, frozen: bool) -> Tensor:
+    """(Q, C) log2 gains to start from: where, at a high rate, a finer step would cost what it gains.
+
+    A step s gives the error s^2/12 in a number, and costs -log2 s bits in H W pixels. PatchVAE starts orthonormal, so
+    the error is one of 3 H W numbers of the image; of given latents it is one of C H W / downsample^2.
+    """
+    numbers = channels / downsample**2 if frozen else 3.0
+    return torch.tensor([[0.5 * math.log2(math.log(2) * weight * 255**2 / (6 * numbers))] * channels
+                         for weight in recipe.weights])
+
+
+class HyperpriorTrainer:
+    """One training run of a codec, whose h_s is made trainable here; `train` returns it in whole numbers.
+
+    files: photographs. validation: images (3, H, W) in [0, 1] to measure on, or none.
+    freeze_autoencoder: it stays as it is, and the distortion is that of the latents.
+    folder: takes `log.jsonl` and `checkpoint.pt`, from which `resume` goes on.
+    """
+
+    def __init__(self, codec: LatentCodec, recipe: HyperpriorRecipe, accelerator: Accelerator, files: list[Path],
+                 validation: list[Tensor], folder: Path, freeze_autoencoder: bool) -> None:
+        self.recipe, self.accelerator, self.files, self.folder = recipe, accelerator, files, folder
+        self.validation, self.frozen, self.step = validation, freeze_autoencoder, 0
+        make_trainable(codec.hyperprior)
+        codec.requires_grad_(True)
+        codec.autoencoder.requires_grad_(not freeze_autoencoder)
+        codec.hyperprior.entropy_bottleneck.quantiles.requires_grad_(False)  # found by bisection instead
+        codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
+        parameters = [p for p in codec.parameters() if p.requires_grad]
+        self.codec = codec.to(accelerator.device)
+        # What is wrapped where there are several processes is what is called, and all of that must learn.
+        self.model, self.optimizer = accelerator.prepare(codec.hyperprior if self.frozen else codec,
+                                                         torch.optim.Adam(parameters, lr=1.0))
+        self.lambdas = torch.tensor(recipe.weights, device=accelerator.device)
+
+    def resume(self) -> None:
+        """Go on from the folder's checkpoint, where there is one."""
+        path = self.folder / "checkpoint.pt"
+        if path.is_file():
+            state = torch.load(path, weights_only=True)
+            self.codec.load_state_dict(state["codec"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+
+    def train(self, checkpointing_steps: int, validation_steps: int) -> LatentCodec:
+        """The codec after the last step, in eval mode and whole numbers. TrainingError where the loss is no number."""
+        recipe, started, running = self.recipe, time.process_time(), dict[str, float]()
+        self.model.train()
+        batches = iter(self._loader())
+        for step in tqdm(range(self.step + 1, recipe.max_train_steps + 1), initial=self.step, mininterval=10,
+                         total=recipe.max_train_steps, disable=not self.accelerator.is_main_process):
+            self.step, batch = step, next(batches)
+            torch.manual_seed(hash((recipe.seed, self.step, self.accelerator.process_index)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = recipe.learning_rate_at(self.step - 1)
+            if self.step % recipe.quantile_steps == 1:
+                self.codec.hyperprior.entropy_bottleneck.update(force=True, update_quantiles=True)
+            loss, facts = self._loss(batch.float() / 255)
+            if not math.isfinite(loss.item()):
+                raise TrainingError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate.")
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            for name, value in facts.items():
+                running[name] = 0.98 * running.get(name, value) + 0.02 * value
+            last = self.step == recipe.max_train_steps
+            if self.accelerator.is_main_process and (self.step % checkpointing_steps == 0 or last):
+                self._checkpoint()
+            if self.accelerator.is_main_process and (self.step % validation_steps == 0 or last):
+                self._log({"step": self.step, "cpu_seconds": round(time.process_time() - started, 1), **running,
+                           **self._validate()})
+        codec = self.codec.eval()
+        make_whole(codec.hyperprior)
+        return codec
+
+    def _loader(self) -> DataLoader[Tensor]:
+        recipe = self.recipe
+        per_step = recipe.train_batch_size * self.accelerator.num_processes
+        crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
+        numbers = range(self.step * per_step, recipe.max_train_steps * per_step)
+        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=numbers))
+
+    def _loss(self, images: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Of a (B, 3, S, S) batch, each picture with a quality of its own; also mean bits per pixel and MSE."""
+        quality = torch.randint(len(self.lambdas), (len(images),), device="cpu").to(images.device)
+        with self.accelerator.autocast():
+            x = images.contiguous(memory_format=torch.channels_last)
+            if self.frozen:
+                with torch.no_grad():
+                    target = self.codec.latents(x)
+                output = self.model(target, quality)
+                error = (output["y_hat"] - target).square().flatten(1).mean(1)
+            else:
+                output = self.model(x, quality)
+                error = (output["x_hat"] - images).square().flatten(1).mean(1)
+        bits = sum(-torch.log2(likelihood).flatten(1).sum(1) for likelihood in output["likelihoods"].values())
+        bpp = cast(Tensor, bits) / images[0, 0].numel()
+        loss = (self.lambdas[quality] * 255**2 * error + bpp).mean()
+        return loss, {"loss": loss.item(), "train_bpp": bpp.mean().item(), "train_mse": error.mean().item()}
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, Any]:
+        """Mean estimated bits per pixel and PSNR of each quality."""
+        if not self.validation:
+            return {}
+        codec, points = self.codec.eval(), []
+        for quality in range(len(self.lambdas)):
+            bpp, psnr = 0.0, 0.0
+            for image in self.validation:
+                output = codec(image[None].to(self.accelerator.device), quality)
+                bits = sum(-torch.log2(likelihood).sum() for likelihood in output["likelihoods"].values())
+                bpp += float(bits) / image[0].numel() / len(self.validation)
+                error = (output["x_hat"].cpu() - image).square().mean().item()
+                psnr += -10 * math.log10(error) / len(self.validation)
+            points.append([round(bpp, 4), round(psnr, 3)])
+        codec.train()
+        return {"validation_bpp_psnr": points}
+
+    def _log(self, facts: dict[str, Any]) -> None:
+        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
+        tqdm.write(line)
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(line + "\n")
+
+    def _checkpoint(self) -> None:
+        temporary = self.folder / "checkpoint.tmp"
+        torch.save({"codec": self.codec.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
+                   temporary)
+        temporary.replace(self.folder / "checkpoint.pt")
