@@ -44,6 +44,7 @@ from vtc.training.prior import (
 )
 from vtc.training.tokens import TokenGrids, cached_grids, token_grids, whole_pictures
 
+bench_prior = import_module("scripts.bench_prior")
 train_prior = import_module("scripts.train_prior")
 
 BUNDLED_PRIOR = BUNDLED / DEFAULT_MODEL / FILE
@@ -552,6 +553,13 @@ def test_the_script_trains_a_prior_that_the_codec_uses(photographs, tmp_path, ca
     (stream,) = codec.compress(picture)
     assert container.parse(stream).coder == Coder.PRIOR
     assert torch.equal(codec.decompress_tokens(stream).indices, codec.tokenizer.encode(picture).indices)
+    assert bench_prior.main(["--model", str(tmp_path / "model"), "--images", str(photographs[0].parent),
+                             "--output", str(tmp_path / "facts.json")]) == 0
+    row = json.loads((tmp_path / "facts.json").read_text())["sizes"]["64"]
+    learned = [coder.encode(codec.tokenizer.encode(to_tensor(load_image(p).pixels)[None]).indices[0, :, 0].numpy(),
+                            (9, 9), 64) for p in photographs]
+    assert row["prior_bytes"] == pytest.approx(np.mean([len(payload) for payload in learned]))
+    assert "| 64 | " in capsys.readouterr().out
     assert train_prior.main([*arguments, "--max_train_steps", "2", "--init_from", str(work / "checkpoint.pt")]) == 0
     assert train_prior.main(["--model", "nothing", *arguments[2:]]) == 1
     assert "train_prior: " in capsys.readouterr().err
