@@ -48,6 +48,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     network = Concealer().config
     for name in ("width", "depth", "heads"):
         parser.add_argument(f"--{name}", type=int, default=network[name])
+    parser.add_argument("--gain", type=float, default=1.0, help="of mean codewords, see Concealer")
     for field in dataclasses.fields(ConcealerRecipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
     return parser.parse_args(arguments)
@@ -74,7 +75,8 @@ def train(args: argparse.Namespace) -> None:
 
     def encoded(folder: Path, pictures: Path, views: int) -> list[TokenGrids]:
         with accelerator.main_process_first():
-            grids = cached_grids(folder, [members[largest]], image_files(pictures), views, recipe.seed)
+            # The views are those of seed 0 whatever the run's, so that runs can share them.
+            grids = cached_grids(folder, [members[largest]], image_files(pictures), views, seed=0)
         return [grid.mapped(largest, maps) for grid in grids]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -83,6 +85,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     model = Concealer.load(args.init_from) if args.init_from else Concealer(
         codebook.shape[1], width=args.width, depth=args.depth, heads=args.heads)
+    model.gain = args.gain
     loss = PerceptualLoss(LPIPS("squeeze", args.lpips_weights)) if recipe.picture_steps else None
     trainer = ConcealerTrainer(model, recipe, accelerator, members, views, image_files(args.train_data_dir),
                                args.output_dir, loss, validation)

@@ -96,7 +96,9 @@ def test_mean_codewords_are_the_mean_under_the_softmax_of_the_logits():
     with torch.no_grad():
         logits = model(codebook[indices].unflatten(1, grid), lost.unflatten(1, grid), codebook)
     expected = sum(p[:, None] * word for p, word in zip(logits.softmax(1).T, codebook, strict=True))
-    torch.testing.assert_close(model.conceal_codes(indices, lost, grid, codebook)[lost], expected, rtol=0, atol=1e-5)
+    for model.gain in (1.0, 0.5):
+        codes = model.conceal_codes(indices, lost, grid, codebook)
+        torch.testing.assert_close(codes[lost], expected * model.gain, rtol=0, atol=1e-5)
     assert torch.equal(model.conceal(indices, lost, grid, codebook)[lost], logits.argmax(1))
 
 
@@ -185,9 +187,10 @@ def test_extra_words_need_a_codebook_of_their_dimension():
 
 def test_a_file_brings_back_the_same_concealer(tmp_path):
     model = tiny()
+    model.gain = 0.75
     model.save(tmp_path / CONCEALER, base="abc")
     loaded = Concealer.load(tmp_path / CONCEALER)
-    assert loaded.config == model.config and not loaded.training
+    assert loaded.config == model.config and loaded.gain == 0.75 and not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
 
