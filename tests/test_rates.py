@@ -1,5 +1,6 @@
 """Families of tokenizers in one file, and the choice of a member by quality, bits per pixel or bytes."""
 
+import hashlib
 import json
 import sys
 from importlib import import_module
@@ -139,6 +140,15 @@ def test_the_bundled_members_have_numbers_and_fingerprints(monkeypatch, folder, 
         load_tokenizer(f"{DEFAULT_MODEL}-s64")
     with pytest.raises(ModelError, match="is a member of a family itself"):
         load_tokenizer(f"{DEFAULT_MODEL}-s8", size=2)
+
+
+def test_the_card_describes_the_bundled_family():
+    data, card = ((hub.BUNDLED / DEFAULT_MODEL / name).read_bytes() for name in (FAMILY, "README.md"))
+    assert hashlib.sha256(data).hexdigest() in card.decode() and f"{len(data):,} bytes" in card.decode()
+    assert len(data) <= 3 * 2**20 // 2
+    family = family_of(DEFAULT_MODEL)
+    assert family is not None and family.base == FINGERPRINTS[DEFAULT_MODEL]
+    assert family.sizes == tuple(size for _, size in MEMBERS.values())
 
 
 # ---- rate control ---------------------------------------------------------------------------------------------------
