@@ -137,6 +137,8 @@ class Hyperprior(nn.Module):
         self.entropy_bottleneck: Any = models.EntropyBottleneck(hyper_channels)
         self.h_s: nn.Module = WholeSynthesis(channels, hyper_channels, width, qualities)
         self.gaussian_conditional: Any = models.GaussianConditional(scale_table())
+        for part in (self.entropy_bottleneck, self.gaussian_conditional):
+            _keep_constants_out(part)
         self.log_gain = nn.Parameter(torch.zeros(qualities, channels))
 
     # ---- CompressAI's interface -------------------------------------------------------------------------------------
@@ -316,6 +318,15 @@ class Hyperprior(nn.Module):
 def _channel_numbers(z: Tensor) -> Tensor:
     """The entropy bottleneck has a row of its table for each channel."""
     return torch.arange(z.shape[1], device=z.device, dtype=torch.float32)[None, :, None, None].expand_as(z)
+
+
+def _keep_constants_out(model: nn.Module) -> None:
+    """Take what is the same in every model out of its files, where float16 would turn a bound of 1e-9 to zero."""
+    for module in model.modules():
+        for name in ("bound", "target", "scale_table", "scale_bound"):
+            value = dict(module.named_buffers(recurse=False)).get(name)
+            if value is not None:
+                module.register_buffer(name, value, persistent=False)
 
 
 def _lists(model: Any) -> tuple[list, list, list]:

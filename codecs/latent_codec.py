@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.codecs import container
@@ -21,7 +22,6 @@ from vtc.codecs.hyperprior import HYPER_STRIDE, Hyperprior
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
 from vtc.hub import PretrainedMixin, fingerprint, read_model
 from vtc.tokenizers.base import Latents
-from vtc.tokenizers.layers import pad_to_multiple
 
 
 class Autoencoder(Protocol):
@@ -34,7 +34,7 @@ class Autoencoder(Protocol):
     downsample: int
 
     def encode(self, images: Tensor) -> Latents:
-        """(B, 3, H, W) in [0, 1], sides multiples of `downsample`, to latents (B, C, H/downsample, W/downsample)."""
+        """(B, 3, H, W) in [0, 1] of any size to latents (B, C, ceil(H/downsample), ceil(W/downsample))."""
 
     def decode(self, latents: Latents) -> Tensor:
         """(B, 3, H, W) in [0, 1]."""
@@ -92,7 +92,7 @@ class LatentCodec(nn.Module, PretrainedMixin):
     def forward(self, images: Tensor, quality: int | Tensor | None = None) -> dict[str, Any]:
         """(B, 3, H, W) in [0, 1] to {"x_hat": like them, "likelihoods": {"y": ..., "z": ...}}."""
         coded = self.hyperprior(self.latents(images), quality)
-        x_hat = self._model.decode(Latents(coded["y_hat"], *images.shape[-2:]))
+        x_hat = self._model.decode(self._cropped(coded["y_hat"], *images.shape[-2:]))
         return {"x_hat": x_hat, "likelihoods": coded["likelihoods"]}
 
     def aux_loss(self) -> Tensor:
@@ -159,7 +159,7 @@ class LatentCodec(nn.Module, PretrainedMixin):
     def _draw(self, stream: bytes) -> Tensor:
         symbols, means, quality, parsed = self._receive(stream)
         values = self.hyperprior.dequantize(symbols, means, quality)
-        images = self._model.decode(Latents(values, parsed.height, parsed.width))
+        images = self._model.decode(self._cropped(values, parsed.height, parsed.width))
         if images.shape != (1, 3, parsed.height, parsed.width):
             raise ModelError(f"The model drew an image of shape {tuple(images.shape)} for a stream of "
                              f"{parsed.width}x{parsed.height} pixels.")
@@ -203,9 +203,15 @@ class LatentCodec(nn.Module, PretrainedMixin):
         return ((-(-height // f), -(-width // f)),)
 
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] to latents (B, C, h, w) with h and w multiples of 4; edges are replicated."""
-        padded = pad_to_multiple(images, HYPER_STRIDE * self._model.downsample)
-        return self._model.encode(padded.to(self.hyperprior.log_gain.device)).values
+        """(B, 3, H, W) in [0, 1] to latents (B, C, h, w), h and w multiples of 4: the last ones are repeated."""
+        values = self._model.encode(images.to(self.hyperprior.log_gain.device)).values
+        rows, columns = values.shape[-2:]
+        return F.pad(values, (0, -columns % HYPER_STRIDE, 0, -rows % HYPER_STRIDE), mode="replicate")
+
+    def _cropped(self, values: Tensor, height: int, width: int) -> Latents:
+        """The inverse of that padding, which an autoencoder that is not local must not see."""
+        ((rows, columns),) = self._scales(height, width)
+        return Latents(values[..., :rows, :columns], height, width)
 
 
 #: the autoencoders that a codec's file may name
