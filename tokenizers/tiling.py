@@ -31,7 +31,8 @@ def encode_tiled(tokenizer: Tokenizer, images: Tensor, tile: int = DEFAULT_TILE)
 
     tile: side in pixels, without the halo that is read around it; rounded down to whole tokens.
     """
-    return encode_tiles(tokenizer, lambda rows, columns: images[..., rows, columns], *images.shape[-2:], tile)
+    height, width = images.shape[-2:]
+    return encode_tiles(tokenizer, lambda rows, columns: images[..., rows, columns], height, width, tile)
 
 
 def encode_tiles(tokenizer: Tokenizer, read: Read, height: int, width: int, tile: int = DEFAULT_TILE) -> Tokens:

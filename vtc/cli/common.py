@@ -15,14 +15,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from vtc.cli import shards
+from vtc.cli.items import Item, Made, file_item
 from vtc.cli.plan import Task
+from vtc.cli.shards import Recipe
 from vtc.errors import ConfigError, FileError, VtcError, first_sentence, sentence
-from vtc.files import reason, write_file
+from vtc.files import reason
 
 if TYPE_CHECKING:
     from vtc.codecs.token_codec import TokenCodec
@@ -36,10 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser, output_help: str, model_help:
     """The arguments that both commands have."""
     import vtc
 
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or folders; '-' is stdin")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT",
+                        help="files, folders, or WebDataset shards ending in .tar; '-' is stdin")
     parser.add_argument("-o", "--output", metavar="PATH", type=_not_empty, help=output_help)
     parser.add_argument("-j", "--jobs", type=job_count, default=1, metavar="N",
                         help="files in work at the same time; 0: one a processor; default 1, which uses all processors")
+    parser.add_argument("--resume", action="store_true",
+                        help="leave outputs that exist alone, and go on inside the shard at which a run was stopped")
     parser.add_argument("--model", metavar="NAME_OR_FOLDER", type=_not_empty, help=model_help)
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:N, mps or xpu")
     parser.add_argument("--json", action="store_true",
@@ -76,6 +82,11 @@ def usable_cpus() -> int:
         return max(1, min(count, -(-int(quota) // int(period))))
     except (OSError, ValueError):  # no cgroup v2, or a quota of "max"
         return count
+
+
+def jobs_for(tasks: Sequence[Task], jobs: int) -> int:
+    """No more jobs than there are files to work at, where that is known."""
+    return jobs if any(task.is_shard for task in tasks) else max(1, min(jobs, len(tasks)))
 
 
 def share_cpus(jobs: int) -> None:
@@ -134,7 +145,8 @@ def emit(text: str, stream: TextIO | None) -> None:
         raise FileError("stdout is closed.")
     encoding = stream.encoding or "utf-8"
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+        # In one piece, so that lines of several processes do not mix.
+        print(text.encode(encoding, "backslashreplace").decode(encoding) + "\n", end="", file=stream, flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -174,64 +186,74 @@ def guarded(parser: argparse.ArgumentParser, command: Callable[[], int]) -> int:
             signal.signal(signal.SIGTERM, old_handler)
 
 
-@dataclass(frozen=True)
-class Made:
-    """What became of one file: its new bytes, facts for --json, and what was done to it on the way.
+def todo(tasks: Sequence[Task], part: Part, resume: bool) -> tuple[list[Task], list[Task]]:
+    """This process's tasks: those to be done, and those whose output is there already, which `resume` leaves alone.
 
-    loading: seconds of the work that went into loading a model, or waiting for it; they are not the file's.
-    quality: that an encoder chose or was told, where its model has several.
-    stages: coarser pictures of a decoder, coarse to fine, which are written beside the file.
+    The share comes first: what others finish in the meantime must not change it. Outputs get their name when they are
+    complete, so one that exists is done.
     """
-
-    data: bytes
-    width: int
-    height: int
-    coded_bytes: int
-    notes: Sequence[str] = field(default=())
-    loading: float = 0.0
-    quality: int | None = None
-    stages: Sequence[bytes] = field(default=())
+    left: list[Task] = []
+    done: list[Task] = []
+    for task in tasks[part.rank :: part.count]:
+        is_done = resume and not task.problem and task.target != "-" and os.path.isfile(task.target)
+        (done if is_done else left).append(task)
+    return left, done
 
 
-def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int, as_json: bool, quiet: bool) -> int:
+def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int, args: argparse.Namespace,
+        recipe: Recipe, part: Part, done: Sequence[Task] = ()) -> int:
     """Do all tasks, write what they made in their order, report, and list the failures at the end.
 
     `work` runs in `jobs` threads, which share the model; only this thread writes, so nothing partial can be left.
+    recipe: what becomes of shards. done: tasks of which is only said that they are.
     """
     from tqdm import tqdm
 
-    several = len(tasks) > 1
+    several = len(tasks) + len(done) > 1 or any(task.is_shard for task in tasks) or part.count > 1
     failures: list[str] = []
-    no_report = ""
+    no_report, as_json, count = "", args.json, 0
     report = sys.stderr if any(task.target == "-" for task in tasks) else sys.stdout
-    bar = tqdm(total=len(tasks), unit="file", file=sys.stderr, disable=quiet or not several)
+    total = None if any(task.is_shard for task in tasks) else len(tasks)
+    bar = tqdm(total=total, unit="file", file=sys.stderr, disable=args.quiet or not several or part.rank > 0)
 
     def tell(text: str) -> None:
-        if not quiet:
+        if not args.quiet:
             bar.clear()
             say(text)
 
+    def facts_of(facts: dict[str, Any]) -> None:
+        nonlocal no_report, as_json
+        if as_json:
+            bar.clear()
+            try:
+                emit(json.dumps(facts | ({"rank": part.rank} if part.count > 1 else {})), report)
+            except FileError as error:  # the files are still made, without a report
+                no_report, as_json = f"{prog}: {error}", False
+
     with bar, stopping(prog, jobs):
-        for task, outcome in _outcomes(tasks, work, jobs):
-            facts: dict[str, Any] = {"input": task.source}
+        if done:
+            tell(f"{prog}: {len(done)} of {len(done) + len(tasks)} outputs are there already.")
+        for task in done:
+            facts_of({"input": task.source, "output": task.target, "skipped": True})
+        for item, outcome in _outcomes(_items(tasks, recipe), work, jobs):
+            if item.dropped():
+                continue
+            facts: dict[str, Any] = {"input": item.source}
             try:
                 made, seconds = outcome()
                 start = time.perf_counter()
-                if task.make_folder:
-                    make_folder(task.target)
-                stages = [stage_name(task.target, number) for number in range(1, len(made.stages) + 1)]
-                for name, data in zip(stages, made.stages, strict=True):
-                    write_file(name, data)
-                write_file(task.target, made.data)
+                stages = item.write(made)
                 seconds += time.perf_counter() - start
             except BrokenPipeError:
                 raise
             except Exception as error:
-                failures.append(sentence(error, task.source))
+                failures.append(sentence(error, item.source))
                 facts["error"] = failures[-1]
             else:
+                if made is None:
+                    continue
                 bpp = 8 * made.coded_bytes / (made.width * made.height)
-                facts |= {"output": task.target, "width": made.width, "height": made.height,
+                facts |= {"output": item.target, "width": made.width, "height": made.height,
                           "bytes": made.coded_bytes, "bpp": bpp, "seconds": round(seconds, 4)}
                 if stages:
                     facts["stages"] = stages
@@ -239,20 +261,15 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
                     facts["quality"] = made.quality
                 if made.notes:
                     facts["notes"] = list(made.notes)
-                    tell(f"{task.source}: {'; '.join(made.notes)}.")
-                if not several and not as_json:
-                    tell(f"{task.source} -> {task.target}: {made.width}x{made.height}, {made.coded_bytes} bytes, "
+                    tell(f"{item.source}: {'; '.join(made.notes)}.")
+                if not several and not args.json:
+                    tell(f"{item.source} -> {item.target}: {made.width}x{made.height}, {made.coded_bytes} bytes, "
                          f"{bpp:.4f} bpp, {seconds:.2f} s")
-            if as_json:
-                bar.clear()
-                try:
-                    emit(json.dumps(facts), report)
-                except FileError as error:  # the files are still made, without a report
-                    no_report = f"{prog}: {error}"
-                    as_json = False
+            count += 1
+            facts_of(facts)
             bar.update()
     if several and failures:
-        say(f"{prog}: {len(failures)} of {len(tasks)} files failed:")
+        say(f"{prog}: {len(failures)} of {count} files failed:")
     for failure in failures:
         say(failure)
     if no_report:
@@ -260,14 +277,12 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
     return FAILED if failures or no_report else DONE
 
 
-def stage_name(target: str, number: int) -> str:
-    """Where a coarser picture goes: beside the final one.
-
-    >>> stage_name("a.decoded.png", 1)
-    'a.decoded.stage1.png'
-    """
-    root, suffix = os.path.splitext(target)
-    return f"{root}.stage{number}{suffix}"
+def _items(tasks: Sequence[Task], recipe: Recipe) -> Iterator[Item]:
+    for task in tasks:
+        if task.is_shard and not task.problem:
+            yield from shards.items(task, recipe)
+        else:
+            yield file_item(task)
 
 
 def not_called(task: Task) -> Made:
@@ -281,9 +296,11 @@ def stopping(prog: str, jobs: int) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if jobs == 1:
+        left = [shard.target for shard in shards.unfinished.values() if not shard.failed]
+        if jobs == 1 and not left:
             raise
-        say(stopped(prog))
+        say(f"{prog}: stopped; {', '.join(left)} is not finished, and --resume goes on with it." if left else
+            stopped(prog))
         os._exit(STOPPED)
 
 
@@ -292,21 +309,57 @@ def stopped(prog: str) -> str:
     return f"{prog}: stopped; no partial file is left."
 
 
-def make_folder(target: str) -> None:
-    """Create the folder that `target` lies in. Raises FileError."""
-    folder = os.path.dirname(target)
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"The output folder {folder} cannot be created: {reason(error)}.") from error
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a process in a run of several: number `rank` of `count`, which takes every `count`-th task."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def of_launch(cls) -> Part:
+        """What `accelerate launch`, `torchrun` or `mpirun` say in the environment. Raises ConfigError."""
+        def number(*names: str) -> int | None:
+            return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), None)
+
+        rank = number("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
+        count = number("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+        if rank is None or count is None:
+            return cls()
+        if not rank < count:
+            raise ConfigError(f"RANK={rank} and WORLD_SIZE={count} contradict each other; unset both, or launch again.")
+        return cls(rank, count)
+
+    def name(self, prog: str) -> str:
+        """The command as messages call it."""
+        return prog if self.count == 1 else f"{prog} (process {self.rank + 1} of {self.count})"
+
+    def device(self, wanted: str) -> str:
+        """'cuda' or 'xpu' without a number is, of several processes on a machine, each one's own."""
+        local = os.environ.get("LOCAL_RANK", "")
+        return f"{wanted}:{local}" if self.count > 1 and wanted in ("cuda", "xpu") and local.isdecimal() else wanted
+
+    def wait(self) -> None:
+        """Until all processes of the run are here: a launcher ends the others when one ends with failures."""
+        if self.count == 1 or not os.environ.get("MASTER_ADDR"):
+            return
+        from datetime import timedelta
+
+        from torch import distributed
+
+        distributed.init_process_group("gloo", timeout=timedelta(days=30), rank=self.rank, world_size=self.count)
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
-#: gives a task's result and the seconds it took, or raises what it raised
-Outcome = Callable[[], tuple[Made, float]]
+#: gives what was made and the seconds it took, or raises what it raised; None of an item with nothing to make
+Outcome = Callable[[], tuple[Made | None, float]]
 
 
-def _outcomes(tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int) -> Iterator[tuple[Task, Outcome]]:
-    """Each task with its outcome, in their order; at most `2 * jobs` are in work or wait for their turn in memory."""
+def _outcomes(items: Iterator[Item], work: Callable[[Task], Made], jobs: int) -> Iterator[tuple[Item, Outcome]]:
+    """Each item with its outcome, in their order; at most `2 * jobs` are in work or wait for their turn in memory."""
     def timed(task: Task) -> tuple[Made, float]:
         if task.problem:
             raise VtcError(task.problem)
@@ -314,20 +367,27 @@ def _outcomes(tasks: Sequence[Task], work: Callable[[Task], Made], jobs: int) ->
         made = work(task)
         return made, time.perf_counter() - start - made.loading
 
+    def nothing() -> tuple[None, float]:
+        return None, 0.0
+
     if jobs == 1:
-        for task in tasks:
-            yield task, partial(timed, task)
+        for item in items:
+            yield item, partial(timed, item.task) if item.task else nothing
         return
     threads = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else 0
     pool = ThreadPoolExecutor(jobs, initializer=_use_threads, initargs=(threads,))
     try:
-        waiting: deque[tuple[Task, Future[tuple[Made, float]]]] = deque()
-        for task in tasks:
-            waiting.append((task, pool.submit(timed, task)))
-            if len(waiting) == 2 * jobs:
+        waiting: deque[tuple[Item, Future[tuple[Made, float]] | None]] = deque()
+        in_work = 0
+        for item in items:
+            waiting.append((item, pool.submit(timed, item.task) if item.task else None))
+            in_work += item.task is not None
+            # What needs no work goes on as soon as it is its turn, and takes nobody's place.
+            while waiting and (in_work == 2 * jobs or waiting[0][1] is None):
                 first, future = waiting.popleft()
-                yield first, future.result
+                in_work -= future is not None
+                yield first, future.result if future else nothing
         for first, future in waiting:
-            yield first, future.result
+            yield first, future.result if future else nothing
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -8,26 +8,30 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vtc.cli.common import (
     DONE,
     FAILED,
-    Made,
+    Part,
     add_arguments,
     emit,
     guarded,
+    jobs_for,
     load_codec,
     not_called,
     run,
     say,
     sentence,
     share_cpus,
+    todo,
 )
+from vtc.cli.items import Made
 from vtc.cli.plan import Task, UsageError, plan
-from vtc.errors import ModelError, VtcError
-from vtc.files import read_file
+from vtc.cli.shards import Recipe, coded_members
+from vtc.errors import FileError, ModelError, VtcError
 from vtc.models import FINGERPRINTS, in_streams, name_of, size_of
 
 if TYPE_CHECKING:
@@ -61,12 +65,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, part: Part | None = None) -> int:
+    """The command, or the share of it that falls to one process of several; returns its exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
     def command() -> int:
+        mine = part or Part()
+        args.device = mine.device(args.device)
         try:
             if args.info and args.output:
                 raise UsageError("--info writes to stdout and takes no -o")
@@ -74,16 +80,22 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise UsageError("--progressive writes several pictures, which cannot all go to stdout")
             chosen = args.format or "png"
             suffix = FORMATS[chosen][1] if args.output else ".decoded" + FORMATS[chosen][1]  # a.png may be the original
-            tasks = plan(args.inputs, args.output, (".vtc",), suffix)
+            tasks = plan(args.inputs, args.output, (".vtc",), suffix, ".decoded.tar")
             if args.info:
-                return _info(tasks, args.json)
-            if len(tasks) == 1 and tasks[0].target == args.output != "-":
+                return _info(tasks[mine.rank :: mine.count], args.json)
+            if len(tasks) == 1 and tasks[0].target == args.output != "-" and not tasks[0].is_shard:
                 chosen = _format_of(args.output, args.format)
         except UsageError as error:
             parser.error(str(error))
-        format, jobs = FORMATS[chosen][0], min(args.jobs, len(tasks))
+        format, suffix = FORMATS[chosen]
+        tasks, done = todo(tasks, mine, args.resume)
+        jobs = jobs_for(tasks, args.jobs)
         work = not_called if all(task.problem for task in tasks) else _decoder(args, format, jobs)
-        return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
+        settings = " ".join(map(str, (args.model, format, args.strict, args.progressive)))
+        recipe = Recipe((".vtc",), suffix, settings, args.resume)
+        code = run(mine.name(parser.prog), tasks, work, jobs, args, recipe, mine, done)
+        mine.wait()
+        return code
 
     return guarded(parser, command)
 
@@ -118,7 +130,7 @@ def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task
         codec_for(model)  # a model that cannot be loaded is one failure, not one for each file
 
     def work(task: Task) -> Made:
-        stream = read_file(task.source)
+        stream = task.read()
         header = chunks.read(stream, MAX_PIXELS)
         start = time.perf_counter()
         if model:
@@ -172,21 +184,36 @@ def _info(tasks: Sequence[Task], as_json: bool) -> int:
     from vtc.codecs import chunks
 
     code = DONE
-    for task in tasks:
+    for name, read in _streams(tasks):
         try:
-            if task.problem and not task.target:
-                raise VtcError(task.problem)
-            stream = read_file(task.source)
-            facts = _facts(task.source, stream, chunks.read(stream))
+            stream = read()
+            facts = _facts(name, stream, chunks.read(stream))
         except Exception as error:
             code = FAILED
-            facts = {"input": task.source, "error": sentence(error, task.source)}
+            facts = {"input": name, "error": sentence(error, name)}
             say(facts["error"])
         if as_json:
             emit(json.dumps(facts), sys.stdout)
         elif "error" not in facts:
             emit("\n".join(f"{key + ':':<15} {_text(value)}" for key, value in facts.items()), sys.stdout)
     return code
+
+
+def _streams(tasks: Sequence[Task]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """(name, how to read it) of each stream, those in shards too."""
+    def failing(error: VtcError) -> bytes:
+        raise error
+
+    for task in tasks:
+        if task.problem and not task.target:
+            yield task.source, partial(failing, VtcError(task.problem))
+        elif not task.is_shard:
+            yield task.source, task.read
+        else:
+            try:
+                yield from coded_members(task.source, (".vtc",))
+            except FileError as error:
+                yield task.source, partial(failing, error)
 
 
 def _facts(source: str, stream: bytes, header: Container | ChunkedContainer) -> dict[str, Any]:
@@ -213,3 +240,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4f}"
     return "not bundled" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(part=Part.of_launch()))

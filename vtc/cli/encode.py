@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from vtc.cli.common import Made, add_arguments, guarded, load_codec, not_called, run, share_cpus
+from vtc.cli.common import Part, add_arguments, guarded, jobs_for, load_codec, not_called, run, share_cpus, todo
+from vtc.cli.items import Made
 from vtc.cli.plan import Task, UsageError, plan
+from vtc.cli.shards import Recipe
 from vtc.models import DEFAULT_MODEL, family_of
 
 if TYPE_CHECKING:
@@ -64,26 +67,32 @@ def _rate(text: str) -> float:
     return float(text)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, part: Part | None = None) -> int:
+    """The command, or the share of it that falls to one process of several; returns its exit code."""
     parser = make_parser()
     args = parser.parse_args(argv)
 
     def command() -> int:
+        mine = part or Part()
+        args.device = mine.device(args.device)
         try:
-            tasks = plan(args.inputs, args.output, PICTURE_SUFFIXES, ".vtc")
+            tasks = plan(args.inputs, args.output, PICTURE_SUFFIXES, ".vtc", ".vtc.tar")
         except UsageError as error:
             parser.error(str(error))
-        jobs = min(args.jobs, len(tasks))
-        work = not_called if all(task.problem for task in tasks) else _encoder(args, jobs)
-        return run(parser.prog, tasks, work, jobs, args.json, args.quiet)
+        tasks, done = todo(tasks, mine, args.resume)
+        jobs = jobs_for(tasks, args.jobs)
+        work, settings = (not_called, "") if all(task.problem for task in tasks) else _encoder(args, jobs)
+        recipe = Recipe(PICTURE_SUFFIXES, ".vtc", settings, args.resume)
+        code = run(mine.name(parser.prog), tasks, work, jobs, args, recipe, mine, done)
+        mine.wait()
+        return code
 
     return guarded(parser, command)
 
 
-def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
+def _encoder(args: argparse.Namespace, jobs: int) -> tuple[Callable[[Task], Made], str]:
+    """What encodes a task, and all that its bytes depend on."""
     from vtc.codecs.rates import RateControl
-    from vtc.files import read_file
     from vtc.images import load_image
 
     share_cpus(jobs)
@@ -101,11 +110,12 @@ def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
         return loaded[quality]
 
     rates = RateControl(codec_of, len(sizes), args.resilience, args.progressive)
-    rates.codec(args.quality or rates.qualities)  # a model that cannot be loaded is one failure, not one for each file
+    # A model that cannot be loaded is one failure, not one for each file.
+    codec = rates.codec(args.quality or rates.qualities)
 
     def work(task: Task) -> Made:
         name = "stdin" if task.source == "-" else task.source
-        image = load_image(read_file(task.source), name=name)
+        image = load_image(task.read(), name=name)
         waited.seconds = 0.0
         if args.bytes is not None:
             stream, quality = rates.compress_within(image, args.bytes)
@@ -117,4 +127,10 @@ def _encoder(args: argparse.Namespace, jobs: int) -> Callable[[Task], Made]:
         return Made(stream, image.width, image.height, len(stream), image.notes, waited.seconds,
                     quality if family else None)
 
-    return work
+    settings = (codec.fingerprint.hex(), codec.prior.fingerprint.hex() if codec.prior else "", args.model, args.quality,
+                args.bpp, args.bytes, args.resilience, args.progressive)
+    return work, " ".join(map(str, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main(part=Part.of_launch()))

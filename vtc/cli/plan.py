@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vtc.errors import FileError
-from vtc.files import reason
+from vtc.files import read_file, reason
+
+#: suffix of a WebDataset shard, whose members are the files
+SHARD = ".tar"
 
 
 class UsageError(Exception):
@@ -21,20 +24,39 @@ class Task:
     source, target: paths, or '-' for stdin and stdout.
     make_folder: whether the target's folder may be created (it lies in a folder given by -o).
     problem: why this task fails without being tried; '' where it does not.
+    data: the bytes of a source that is no file of its own but a member of a shard.
     """
 
     source: str
     target: str
     make_folder: bool = False
     problem: str = ""
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def is_shard(self) -> bool:
+        """Whether this is a .tar, whose members are coded."""
+        return is_shard(self.source)
+
+    def read(self) -> bytes:
+        """The bytes of the source. Raises FileError."""
+        return read_file(self.source) if self.data is None else self.data
 
 
-def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str) -> list[Task]:
-    """Tasks in the order of the inputs; folders are walked, sorted, and stand for their files with one of `suffixes`.
+def is_shard(path: str) -> bool:
+    """Whether a file is a shard by its name."""
+    return path.lower().endswith(SHARD)
 
-    output: None puts each result next to its input with `new_suffix`. '-' is stdout. A folder (one that exists, or
-    ends in a slash, or is needed for several inputs) receives the results under their inputs' names, and files of an
-    input folder keep their place below it; its last part is created where it is missing. Else it is the file to write.
+
+def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new_suffix: str,
+         new_shard_suffix: str = SHARD) -> list[Task]:
+    """Tasks in the order of the inputs; folders are walked, sorted, and stand for their files with one of `suffixes`
+    and their shards.
+
+    output: None puts each result next to its input with `new_suffix`, or `new_shard_suffix`, by which a folder's shards
+    are known as results and left alone. '-' is stdout. A folder (one that exists, or ends in a slash, or is needed for
+    several inputs) receives the results under their inputs' names, and files of an input folder keep their place below
+    it; its last part is created where it is missing. Else it is the file to write.
 
     No two tasks write the same file and none writes onto an input: the later one has a `problem` instead.
     Raises UsageError, and FileError where the output folder cannot be one.
@@ -48,6 +70,13 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
     if is_folder and "-" in inputs:
         raise UsageError("input from stdin has no name; give -o a file, not a folder")
     folder = output if is_folder else None
+    if output not in (None, "-") and not os.path.isdir(output) and not output.endswith(("/", os.sep)):
+        if several and is_shard(output):
+            raise UsageError(f"-o {output} names a shard, and several inputs need a folder")
+        if not several and is_shard(output) != is_shard(inputs[0]):
+            raise UsageError("a .tar becomes a .tar, and nothing else does: give -o another name, or a folder")
+    if output == "-" and is_shard(inputs[0]):
+        raise UsageError("a .tar becomes a .tar, which is not written to stdout")
     if folder is not None:
         _check_folder(folder)
     elif output not in (None, "-") and not os.path.isdir(os.path.dirname(output) or "."):
@@ -56,7 +85,7 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
     tasks: list[Task] = []
     sources = {os.path.realpath(name) for name in inputs if name != "-"}
     writer: dict[str, str] = {}  # real path of a target -> the source that writes it
-    for source, place, unreadable in _expanded(inputs, suffixes):
+    for source, place, unreadable in _expanded(inputs, suffixes, new_shard_suffix):
         if unreadable:
             tasks.append(Task(source, "", problem=unreadable))
             continue
@@ -64,11 +93,12 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
             tasks.append(Task(source, "", problem=f"The folder {source} has no files in {', '.join(suffixes)}."))
             continue
         if folder is not None:
-            target = os.path.join(folder, os.path.splitext(place)[0] + new_suffix)
+            target = os.path.join(folder, place if is_shard(place) else os.path.splitext(place)[0] + new_suffix)
         elif output is not None:
             target = output
         else:
-            target = "-" if source == "-" else os.path.splitext(source)[0] + new_suffix
+            suffix = new_shard_suffix if is_shard(source) else new_suffix
+            target = "-" if source == "-" else os.path.splitext(source)[0] + suffix
         real = "-" if target == "-" else os.path.realpath(target)
         sources.add(os.path.realpath(source))
         if writer.get(real) == os.path.realpath(source):
@@ -96,7 +126,7 @@ def _check_folder(folder: str) -> None:
         raise FileError(f"The output folder {folder} cannot be made, because {parent} does not exist; create it first.")
 
 
-def _expanded(inputs: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+def _expanded(inputs: Sequence[str], suffixes: Sequence[str], new_shard_suffix: str) -> Iterator[tuple[str, str, str]]:
     """(path, its place below the input it came from, why it cannot be read).
 
     The place is '' for a folder that holds nothing or cannot be read; the reason is '' for all but the latter.
@@ -110,7 +140,8 @@ def _expanded(inputs: Sequence[str], suffixes: Sequence[str]) -> Iterator[tuple[
         for root, folders, files in os.walk(name, onerror=errors.append):
             folders.sort()
             for file in sorted(files):
-                if file.lower().endswith(tuple(suffixes)):
+                made_here = new_shard_suffix != SHARD and file.endswith(new_shard_suffix)
+                if file.lower().endswith((*suffixes, SHARD)) and not made_here:
                     found = True
                     path = os.path.join(root, file)
                     yield path, os.path.relpath(path, name), ""
