@@ -108,7 +108,7 @@ class _Axis:
         for mantissas in ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1,)):
             values = [m * 10.0**d for d in decades for m in mantissas
                       if self.low <= math.log10(m * 10.0**d) <= self.high]
-            if len(values) <= wanted + 2:
+            if len(values) <= wanted:
                 break
         if len(values) < 2:  # less than a decade and no two round values in it
             values = [10 ** (self.low + share * (self.high - self.low)) for share in (0.1, 0.5, 0.9)]

@@ -274,7 +274,10 @@ def _results(methods: Sequence[MethodResult]) -> str:
 
 
 def _best(name: str, methods: Sequence[MethodResult]) -> str:
-    """The method with the best number, among rows that were made alike; "" where there is no choice."""
+    """The method with the best number, among rows that were made alike and have about one rate; "" without a choice."""
+    rates = [method.rate for method in methods if method.rate]
+    if rates and max(rates) > 1.15 * min(rates):
+        return ""
     better = quantity(name).better
     found = [(value, m.name) for m in methods if (value := m.value(name)) is not None]
     if not better or len(found) < 2 or "bits_per_pixel" in name or name.endswith("_seconds"):

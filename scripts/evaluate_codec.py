@@ -16,11 +16,9 @@ import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -36,14 +34,15 @@ from vtc.eval.lattice import LatticeRatio
 from vtc.eval.lpips import learned_perceptual_image_patch_similarity
 from vtc.eval.provenance import provenance
 from vtc.eval.psnr import peak_signal_noise_ratio
+from vtc.eval.results import finite
 from vtc.eval.ssim import MS_SSIM_MIN_SIDE, multiscale_structural_similarity
+from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, save_image, to_tensor, to_uint8
 from vtc.models import load_tokenizer
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.lpips import LPIPS
 
-T = TypeVar("T")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 MEASURES = ("bpp", "psnr", "ms_ssim", "lpips_alex", "encode_seconds", "decode_seconds")
 
@@ -238,15 +237,6 @@ def peer_candidates(name: str, original: np.ndarray, peer: str, max_bytes: int, 
             yield row, pixels
 
 
-def timed(function: Callable[[], T]) -> tuple[T, float]:
-    """Result and wall-clock seconds."""
-    start = time.perf_counter()
-    result = function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.perf_counter() - start
-
-
 def describe(name: str, tokenizer: Tokenizer, codec: TokenCodec) -> dict[str, object]:
     """What was measured, by its fingerprint."""
     return {"name": Path(name).name, "class": type(tokenizer).__name__, "fingerprint": codec.fingerprint.hex(),
@@ -267,15 +257,6 @@ def means(rows: list[Row], judge: Judge) -> dict[str, dict[str, float | int | No
                 table[codec][f"num_images_{measure}"] = len(values)
         table[codec]["lattice_ratio"] = judge.lattices[codec].compute().item()
     return table
-
-
-def finite(value: object) -> object:
-    """JSON has neither infinity nor NaN: they become null."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table_csv(rows: list[Row]) -> str:
