@@ -109,16 +109,16 @@ class Concealer(nn.Module):
     """A bidirectional masked-token transformer over grids of codewords.
 
     dim: of the codewords. width, depth, heads, window, mlp_ratio: of the transformer. key: where f and g meet.
-    gain: what mean codewords are multiplied with. Below one the decoder paints lost places more calmly, which LPIPS
-        prefers; the bundled one's was chosen on the hold-out.
+    temperature, gain: what logits are divided by for the mean codeword, and what it is multiplied with. Above and below
+        one the decoder paints lost places more calmly, which LPIPS prefers; the bundled ones were chosen on hold-out.
     """
 
     def __init__(self, dim: int = 32, width: int = 192, depth: int = 5, heads: int = 6, window: int = 8,
-                 mlp_ratio: int = 3, key: int = 64, gain: float = 1.0) -> None:
+                 mlp_ratio: int = 3, key: int = 64, temperature: float = 1.0, gain: float = 1.0) -> None:
         super().__init__()
         self.config = {"dim": dim, "width": width, "depth": depth, "heads": heads, "window": window,
                        "mlp_ratio": mlp_ratio, "key": key}
-        self.gain = gain
+        self.temperature, self.gain = temperature, gain
         self.embed = nn.Linear(dim, width)
         self.lost = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(width, heads, window, i % 2 * (window // 2), mlp_ratio) for i in range(depth))
@@ -139,6 +139,10 @@ class Concealer(nn.Module):
         words = self.words(codebook)
         keys = words[:, :-1] + self.words_linear(codebook)
         return features @ keys.T * features.shape[1] ** -0.5 + words[:, -1]
+
+    def mean_codes(self, logits: Tensor, codebook: Tensor) -> Tensor:
+        """(N, S) logits to (N, d) what the decoder gets for a lost position."""
+        return self.gain * ((logits.float() / self.temperature).softmax(1) @ codebook)
 
     @torch.no_grad()
     def conceal(self, indices: Tensor, lost: Tensor, grid: tuple[int, int], codebook: Tensor) -> Tensor:
@@ -176,8 +180,8 @@ class Concealer(nn.Module):
                 continue
             own = torch.zeros_like(unknown)  # lost, and not in the halo
             own[inner] = unknown[inner]
-            p = self(codes[outer], unknown[outer], words)[own[outer][unknown[outer]]].softmax(1)
-            filled[own], codes[own] = p.argmax(1), self.gain * (p @ words)  # to other tiles these stay unknown
+            logits = self(codes[outer], unknown[outer], words)[own[outer][unknown[outer]]]
+            filled[own], codes[own] = logits.argmax(1), self.mean_codes(logits, words)  # unknown still to other tiles
         return filled.to(origin), codes.to(origin)
 
     def save(self, path: str | Path, base: str = "") -> None:
@@ -185,7 +189,8 @@ class Concealer(nn.Module):
 
         base: fingerprint in hexadecimal of the tokenizer that it was trained for, for information.
         """
-        metadata = {"format": FORMAT, "base": base, "config": json.dumps({**self.config, "gain": self.gain})}
+        config = {**self.config, "temperature": self.temperature, "gain": self.gain}
+        metadata = {"format": FORMAT, "base": base, "config": json.dumps(config)}
         write_file(path, save(stored_tensors(self), metadata))
 
     @classmethod

@@ -48,6 +48,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     network = Concealer().config
     for name in ("width", "depth", "heads"):
         parser.add_argument(f"--{name}", type=int, default=network[name])
+    parser.add_argument("--temperature", type=float, default=1.0, help="of mean codewords, see Concealer")
     parser.add_argument("--gain", type=float, default=1.0, help="of mean codewords, see Concealer")
     for field in dataclasses.fields(ConcealerRecipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
@@ -85,7 +86,7 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(recipe.seed)
     model = Concealer.load(args.init_from) if args.init_from else Concealer(
         codebook.shape[1], width=args.width, depth=args.depth, heads=args.heads)
-    model.gain = args.gain
+    model.temperature, model.gain = args.temperature, args.gain
     loss = PerceptualLoss(LPIPS("squeeze", args.lpips_weights)) if recipe.picture_steps else None
     trainer = ConcealerTrainer(model, recipe, accelerator, members, views, image_files(args.train_data_dir),
                                args.output_dir, loss, validation)

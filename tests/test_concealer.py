@@ -95,10 +95,11 @@ def test_mean_codewords_are_the_mean_under_the_softmax_of_the_logits():
     indices, lost, grid, codebook = case(6, 7)
     with torch.no_grad():
         logits = model(codebook[indices].unflatten(1, grid), lost.unflatten(1, grid), codebook)
-    expected = sum(p[:, None] * word for p, word in zip(logits.softmax(1).T, codebook, strict=True))
-    for model.gain in (1.0, 0.5):
+    for model.temperature, model.gain in ((1.0, 1.0), (1.5, 0.5)):
+        p = logits.div(model.temperature).softmax(1)
+        expected = model.gain * sum(share[:, None] * word for share, word in zip(p.T, codebook, strict=True))
         codes = model.conceal_codes(indices, lost, grid, codebook)
-        torch.testing.assert_close(codes[lost], expected * model.gain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(codes[lost], expected, rtol=0, atol=1e-5)
     assert torch.equal(model.conceal(indices, lost, grid, codebook)[lost], logits.argmax(1))
 
 
@@ -187,10 +188,10 @@ def test_extra_words_need_a_codebook_of_their_dimension():
 
 def test_a_file_brings_back_the_same_concealer(tmp_path):
     model = tiny()
-    model.gain = 0.75
+    model.temperature, model.gain = 1.25, 0.75
     model.save(tmp_path / CONCEALER, base="abc")
     loaded = Concealer.load(tmp_path / CONCEALER)
-    assert loaded.config == model.config and loaded.gain == 0.75 and not loaded.training
+    assert loaded.config == model.config and (loaded.temperature, loaded.gain) == (1.25, 0.75) and not loaded.training
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor.half().float()), name
 

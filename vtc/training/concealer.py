@@ -219,8 +219,8 @@ class ConcealerTrainer:
             codebook = cast(Tensor, member.codewords).float()
             codes = codebook[indices]
             logits = self.model(codes, lost, codebook)
-            means = (logits.float().softmax(1) @ codebook).float()
-            codes = codes.index_put((lost,), self.accelerator.unwrap_model(self.model).gain * means)
+            means = self.accelerator.unwrap_model(self.model).mean_codes(logits, codebook)
+            codes = codes.index_put((lost,), means.float())
             output = member.reconstruct(codes.movedim(-1, 1).contiguous(memory_format=torch.channels_last))
             assert self.loss is not None  # the constructor saw to it
             perceptual = self.loss(images, output)
