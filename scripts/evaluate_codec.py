@@ -39,7 +39,7 @@ from vtc.eval.ssim import MS_SSIM_MIN_SIDE, multiscale_structural_similarity
 from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, save_image, to_tensor, to_uint8
-from vtc.models import load_tokenizer
+from vtc.models import companions, load_tokenizer
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.lpips import LPIPS
 
@@ -138,7 +138,7 @@ def evaluate(args: argparse.Namespace) -> None:
     except OSError as error:
         raise ConfigError(f"The output folder {args.output} cannot be made: {error.strerror}.") from error
 
-    codec = TokenCodec(tokenizer)
+    codec = TokenCodec(tokenizer, *companions(args.model, args.device))
     codec.decompress(codec.compress(torch.zeros(1, 3, 64, 64)))  # warm up: the first call sets up kernels
     judge = Judge(lpips, max(2, tokenizer.downsample))
     codebook = CodebookUsageMetric(tokenizer.layout(64, 64).vocab)
@@ -241,7 +241,8 @@ def describe(name: str, tokenizer: Tokenizer, codec: TokenCodec) -> dict[str, ob
     """What was measured, by its fingerprint."""
     return {"name": Path(name).name, "class": type(tokenizer).__name__, "fingerprint": codec.fingerprint.hex(),
             "model_id": tokenizer.model_id, "downsample": tokenizer.downsample,
-            "vocab": tokenizer.layout(64, 64).vocab, "parameters": sum(p.numel() for p in tokenizer.parameters())}
+            "vocab": tokenizer.layout(64, 64).vocab,
+            "prior": codec.prior.fingerprint.hex() if codec.prior else None, "parameters": sum(p.numel() for p in tokenizer.parameters())}
 
 
 def means(rows: list[Row], judge: Judge) -> dict[str, dict[str, float | int | None]]:

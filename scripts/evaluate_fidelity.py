@@ -64,7 +64,7 @@ from vtc.eval.tokbench_buckets import edges
 from vtc.eval.tokbench_canvas import image_canvas
 from vtc.files import read_file, write_file
 from vtc.images import load_image, to_tensor, to_uint8
-from vtc.models import load_tokenizer
+from vtc.models import load_codec
 
 #: how the truths of each kind of picture are written, and what brings an answer to that
 CONVENTIONS: dict[str, tuple[Callable[[str], str], str]] = {
@@ -136,8 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def evaluate_codecs(args: argparse.Namespace) -> list[str]:
     """The whole job of `codecs`; returns what could not be judged."""
-    tokenizer = load_tokenizer(args.model)
-    codec = TokenCodec(tokenizer)
+    codec = load_codec(args.model)
     report: dict = {"model": {"name": Path(args.model).name, "fingerprint": codec.fingerprint.hex()},
                     "settings": {"every_picture": args.every_picture, "every_line": args.every_line,
                                  "bpp": "bytes of the file over size x size pixels of the canvas, padding included",

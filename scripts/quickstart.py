@@ -39,10 +39,10 @@ def main() -> None:
 
 
 def there_and_back(picture: Path, folder: Path) -> None:
-    from vtc import TokenCodec, load_image, load_tokenizer, save_image
+    from vtc import load_codec, load_image, save_image
 
     image = load_image(picture).tensor()
-    codec = TokenCodec(load_tokenizer())
+    codec = load_codec()
     [stream] = codec.compress(image[None])
     [decoded] = codec.decompress([stream])
 
