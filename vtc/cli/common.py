@@ -268,7 +268,7 @@ def run(prog: str, tasks: Sequence[Task], work: Callable[[Task], Made], jobs: in
             count += 1
             facts_of(facts)
             bar.update()
-    if several and failures:
+    if failures and (count > 1 or part.count > 1):
         say(f"{prog}: {len(failures)} of {count} files failed:")
     for failure in failures:
         say(failure)
