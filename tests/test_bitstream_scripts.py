@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import random
+import re
 from collections import Counter
 from importlib import import_module
 
@@ -11,16 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from vtc.codecs import container
+from vtc.cli import decode
+from vtc.codecs import chunks, container
 from vtc.codecs.container import Coder
 from vtc.codecs.entropy import StaticTables
 from vtc.codecs.token_codec import TokenCodec
+from vtc.errors import ModelError
 from vtc.images import load_image, save_image, to_tensor
-from vtc.models import load_tokenizer
+from vtc.models import FINGERPRINTS, MODEL_IDS, load_tokenizer
 from vtc.tokenizers.local_vq import LocalVQ
 
 fit_tables = import_module("scripts.fit_tables")
 fuzz_bitstream = import_module("scripts.fuzz_bitstream")
+fuzz_coverage = import_module("scripts.fuzz_coverage")
 
 
 @pytest.fixture
@@ -98,20 +104,89 @@ def test_counts_of_every_layout(name, kind, shape):
         assert {w: int(c) for w, c in enumerate(counts[number]) if c} == found
 
 
-def test_a_short_attack(capsys):
-    assert fuzz_bitstream.main(["--iterations", "300", "--seed", "7"]) == 0
-    assert "0 violations" in capsys.readouterr().out
+def test_a_short_attack_of_every_kind(capsys):
+    assert fuzz_bitstream.main(["--iterations", "40", "--seed", "7"]) == 0
+    said = capsys.readouterr().out
+    assert ", 0 violations, " in said
+    left_out = {"latents"} if "latents are left out" in said else set()
+    cases = dict(re.findall(r"^(\S+) +([0-9]+) cases, 0 violations", said, re.M))
+    assert cases == {kind: "40" for kind in fuzz_bitstream.KINDS if kind not in left_out}
 
 
 def test_the_attack_notices_a_defect(capsys, monkeypatch):
     """Anything but the typed errors is reported, and the run fails."""
-    sound = TokenCodec.decompress_tokens
+    sound = TokenCodec.receive
 
     def defective(codec, stream):
         if len(stream) == 31:  # as long as no valid stream of the corpus is
             raise KeyError("defect")
         return sound(codec, stream)
 
-    monkeypatch.setattr(TokenCodec, "decompress_tokens", defective)
-    assert fuzz_bitstream.main(["--iterations", "300"]) == 1
+    monkeypatch.setattr(TokenCodec, "receive", defective)
+    assert fuzz_bitstream.main(["--iterations", "300", "--kinds", "packed"]) == 1
     assert "VIOLATION KeyError: 'defect'" in capsys.readouterr().err
+
+
+def test_the_attack_notices_damage_that_passes(capsys, monkeypatch):
+    """With a reader that believes every checksum, wrong tokens come out, and the attack says so."""
+    monkeypatch.setattr(container.zlib, "crc32", lambda data, start=0: 0)
+    assert fuzz_bitstream.main(["--iterations", "100", "--kinds", "packed", "chunks-8"]) == 1
+    assert capsys.readouterr().err.count("damage passed for what was encoded") > 2
+
+
+def test_the_attack_notices_a_command_that_reaches_out(capsys, monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").write_text("")
+    monkeypatch.setattr(decode, "name_of", lambda model_id: open(tmp_path / "elsewhere").close())
+    assert fuzz_bitstream.main(["--iterations", "20", "--kinds", "commands"]) == 1
+    assert re.search("vtc-decode reached for open .*elsewhere", capsys.readouterr().err)
+
+
+def test_sealing_makes_damaged_streams_pass_their_checks():
+    codec = TokenCodec(fuzz_bitstream.TINY_TOKENIZERS["grid"]())
+    picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    (whole,), (parts,) = codec.compress(picture), codec.compress(picture, resilience=3)
+    for stream in (whole, parts):
+        assert fuzz_bitstream.seal(stream) == fuzz_bitstream.Parts.of(stream).to_bytes() == stream
+    assert container.parse(fuzz_bitstream.seal(whole[:-4] + bytes(4))) == container.parse(whole)
+    at = len(parts) - parts.rindex(parts[:3]) + 3  # behind the header, index and shortfall: the first chunk's payload
+    damaged = parts[:at] + bytes((parts[at] ^ 1,)) + parts[at + 1 :]
+    assert chunks.parse(damaged).lost == (0,)
+    assert chunks.parse(fuzz_bitstream.seal(damaged)).lost == ()
+
+
+def test_a_model_id_is_a_number_of_the_table_and_nothing_else(monkeypatch):
+    """Whatever id and fingerprint a stream names: a bundled model, or a sentence. No path is made of either."""
+    monkeypatch.setattr(decode, "in_streams", lambda known, name, learned: bytes.fromhex(known))
+    rng, codec = random.Random(0), TokenCodec(fuzz_bitstream.TINY_TOKENIZERS["grid"]())
+    header = container.parse(codec.compress(torch.zeros(1, 3, 16, 16))[0])
+    known = {bytes.fromhex(fingerprint): name for name, fingerprint in FINGERPRINTS.items()}
+    for model_id in (*range(300), *(rng.getrandbits(32) for _ in range(300)), 2**32 - 1):
+        for fingerprint in (b"../../x\0", b"http://x", b"a/b.json", rng.randbytes(8), *known):
+            named = dataclasses.replace(header, model_id=model_id, fingerprint=fingerprint)
+            expected = next((name for name, number in MODEL_IDS.items() if number == model_id), None)
+            if model_id == 0:
+                expected = known.get(fingerprint)
+            if expected is None:
+                with pytest.raises(ModelError, match="does not ship"):
+                    decode._bundled_model(named)
+            else:
+                assert decode._bundled_model(named) == expected
+
+
+def test_coverage_guided_fuzzing_starts_from_the_same_cases(tmp_path):
+    """Without atheris: its entry point takes the seeds and what its mutator makes of them."""
+    fuzz = fuzz_coverage.Fuzz()
+    assert fuzz.write_seeds(tmp_path) > 50
+    seeds = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
+    for number, seed in enumerate(seeds[::8]):
+        fuzz(seed)
+        mutated = fuzz.mutate(lambda data, size: data[::-1], seed, 500, number)
+        assert len(mutated) <= 500 and mutated == fuzz.mutate(lambda data, size: data[::-1], seed, 500, number)
+        fuzz(mutated)
+
+
+def test_coverage_guided_fuzzing_notices_a_defect(monkeypatch):
+    fuzz = fuzz_coverage.Fuzz()
+    monkeypatch.setattr(container, "check_limits", lambda *_: {}["defect"])
+    with pytest.raises(KeyError):
+        fuzz(fuzz.seeds[0])

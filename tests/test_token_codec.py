@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import zlib
 from pathlib import Path
@@ -15,10 +14,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny_tokenizers import TINY_TOKENIZERS, TinyGrid, TinyGroups, TinyScales, colours
+from tests.tiny_codecs import small_prior
+from tests.tiny_tokenizers import TINY_TOKENIZERS, TinyGrid, TinyGroups, TinyScales
 from vtc.codecs import container
 from vtc.codecs.container import Coder
-from vtc.codecs.prior import TokenPrior
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError, VtcError
 from vtc.tokenizers.base import TokenLayout, Tokens
@@ -172,28 +171,6 @@ def test_a_prior_that_does_not_know_the_codebook_is_not_asked():
     assert with_prior(other).compress(smooth) == CODECS["grid"].compress(smooth)
     with pytest.raises(ModelError, match="does not know this model's tokens"):
         with_prior(other).decompress(with_prior(LeftNeighbour()).compress(smooth))
-
-
-def small_prior() -> TokenPrior:
-    """A prior of the 64 colours whose tensors are made by whole-number formulas, so that its streams can be golden."""
-    def numbers(*shape: int, largest: int, factor: int, kind: torch.dtype = torch.int32) -> torch.Tensor:
-        count = math.prod(shape)
-        return ((torch.arange(count) * factor % (2 * largest + 1)) - largest).reshape(shape).to(kind)
-
-    def layer(outputs: int, inputs: int, kernel: int, shift: int, factor: int) -> dict[str, torch.Tensor]:
-        return {"weight": numbers(outputs, inputs, kernel, kernel, largest=20, factor=factor, kind=torch.int8),
-                "shift": torch.full((outputs,), shift, dtype=torch.int32),
-                "steps": numbers(6, outputs, largest=90, factor=factor),
-                "sizes": numbers(1, outputs, largest=9, factor=7)}
-
-    layers = {f"input.{step}": layer(8, 4 * (step + 1), 3, 4, 31 + step) for step in range(3)}
-    layers |= {"wide.0": layer(8, 8, 3, 6, 43), "narrow.0": layer(8, 8, 1, 3, 47), "head": layer(4, 8, 1, 5, 53)}
-    tensors = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
-    return TokenPrior({
-        **tensors, "codes.64": (colours(4) * 64 - 32).to(torch.int8),
-        "word_bias.64": numbers(64, largest=700, factor=91),
-        "words.64": numbers(64, 4, largest=40, factor=59, kind=torch.int8),
-        "powers": torch.tensor([2**20 >> n for n in range(20) for _ in range(64)], dtype=torch.int32)})
 
 
 @pytest.mark.parametrize("row", GOLDEN_PRIOR, ids=lambda r: f"{r['height']}x{r['width']}")
