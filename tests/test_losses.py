@@ -73,6 +73,15 @@ def test_spectral_discriminator_equals_upstream():
     torch.testing.assert_close(model(fixture["x"]), fixture["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("depth", "widths"), [
+    (4, [8, 16, 32, 64]), (5, [8, 16, 32, 64, 64]), (6, [8, 16, 32, 64, 64, 64]), (7, [4, 8, 16, 32, 64, 64, 64])])
+def test_spectral_discriminator_has_the_published_widths_at_any_depth(depth, widths):
+    """max(depth - 3, 3) doublings up to the width of the end."""
+    layers = [m for m in SpectralDiscriminator(64, depth).encoder if isinstance(m, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in layers] == widths
+    assert [layer.in_channels for layer in layers] == [3, *widths[:-1]]
+
+
 @FIXTURES
 def test_sc_vae_losses_equal_upstream():
     fixture = Fixture("scvae/scvae_losses")

@@ -156,12 +156,12 @@ def test_published_loss(case):
 @pytest.mark.parametrize(("wavelet", "mode"), [("db4", "zero"), ("db4", "periodization"), ("db4", "symmetric"),
                                                ("db4", "periodic"), ("haar", "symmetric"), ("bior2.2", "reflect")])
 def test_pytorch_wavelets(wavelet, mode):
-    """pytorch_wavelets 1.3.0, two levels, fine to coarse there; float32, 5e-6."""
+    """pytorch_wavelets 1.3.0, two levels, fine to coarse there; float32. Tolerance of the fixture, as above."""
     fixture, prefix = Fixture("scvae/wavelet_loss"), f"dwt.{wavelet}.{mode}."
     bands = WaveletTransform(wavelet, 2, mode)(fixture[prefix + "x"])
-    torch.testing.assert_close(bands.approximation, fixture[prefix + "ll"], atol=5e-6, rtol=0)
+    torch.testing.assert_close(bands.approximation, fixture[prefix + "ll"], atol=1e-6, rtol=1e-5)
     for ours, name in zip(bands.details, ("h1", "h0"), strict=True):
-        torch.testing.assert_close(ours, fixture[prefix + name], atol=5e-6, rtol=0)
+        torch.testing.assert_close(ours, fixture[prefix + name], atol=1e-6, rtol=1e-5)
 
 
 def test_what_makes_no_sense_is_refused():

@@ -132,13 +132,15 @@ class BlurPatchGAN(nn.Module):
 class SpectralDiscriminator(nn.Module):
     """Spectrally normalised 3x3 convolutions of stride 2, instance norm, and a sigmoid at the end.
 
-    channels: of the last layers; depth: halvings. (B, 3, H, W) to (B, 1, H/2^depth, W/2^depth) in (0, 1). The sigmoid
-    is part of SC-VAE's loss: within (0, 1) both hinges are always active.
+    channels: of the last layers, which the widths double up to, from an eighth of it (2^(3 - depth) of it where depth
+        is more than 6). depth: halvings. (B, 3, H, W) to (B, 1, H/2^depth, W/2^depth) in (0, 1). The sigmoid is part of
+        SC-VAE's loss: within (0, 1) both hinges are always active.
     """
 
     def __init__(self, channels: int = 512, depth: int = 6) -> None:
         super().__init__()
-        widths = [3] + [channels // 2 ** max(depth - 3 - i, 0) for i in range(depth)]
+        doublings = min(max(depth - 3, 3), depth - 1)  # as published from depth 4 on, which is the least there
+        widths = [3] + [channels // 2 ** max(doublings - i, 0) for i in range(depth)]
         layers: list[nn.Module] = []
         for i in range(depth):
             layers.append(spectral_norm(nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1)))

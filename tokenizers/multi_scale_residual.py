@@ -64,7 +64,8 @@ class MultiScaleResidualQuantizer(MultiScaleQuantizer):
         them, so every method takes another list for an image of another size.
     beta: the loss is the mean over scales of mean (f_hat - sg(f))^2 + beta * mean (sg(f_hat) - f)^2.
     normalize: choose words by cosine instead of distance (upstream's `using_znorm`); the codes stay as they are.
-    phis: number of phi convolutions, shared out over the scales (upstream's `share_quant_resi`); 0: no phi.
+    phis: number of phi convolutions, shared out over the scales (upstream's `share_quant_resi`, whose 0 is one a scale:
+        give their number); 0: no phi (upstream's `quant_resi` of 0).
     phi_share: of the convolution in phi (upstream's `quant_resi`).
 
     Indices are (B, L), scale after scale, each row by row: L is the number of cells of all grids.

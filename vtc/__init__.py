@@ -72,6 +72,7 @@ _MODULE_OF = {
     "DiffusersAutoencoder": "vtc.tokenizers.diffusers_adapters",
     "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
     "discriminator_loss": "vtc.tokenizers.losses",
+    "draw_transform": "vtc.tokenizers.equivariance",
     "doubled_conv": "vtc.tokenizers.scale_consistent_vae",
     "encode_tiled": "vtc.tokenizers.tiling",
     "estimate_clean": "vtc.tokenizers.wavelet_loss",
@@ -92,6 +93,7 @@ _MODULE_OF = {
     "patch_mse": "vtc.tokenizers.losses",
     "PatchGAN": "vtc.tokenizers.discriminators",
     "PatchVAE": "vtc.tokenizers.patch_vae",
+    "scale_and_turn": "vtc.tokenizers.equivariance",
     "scale_consistency_loss": "vtc.tokenizers.losses",
     "ScaleConsistentVAE": "vtc.tokenizers.scale_consistent_vae",
     "SpectralDiscriminator": "vtc.tokenizers.discriminators",
@@ -270,6 +272,8 @@ if TYPE_CHECKING:
     from vtc.tokenizers.discriminators import BlurPatchGAN as BlurPatchGAN
     from vtc.tokenizers.discriminators import PatchGAN as PatchGAN
     from vtc.tokenizers.discriminators import SpectralDiscriminator as SpectralDiscriminator
+    from vtc.tokenizers.equivariance import draw_transform as draw_transform
+    from vtc.tokenizers.equivariance import scale_and_turn as scale_and_turn
     from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer as FiniteScalarQuantizer
     from vtc.tokenizers.ibq import IBQ as IBQ
     from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
