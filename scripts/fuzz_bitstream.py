@@ -28,6 +28,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -37,7 +38,6 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tiny codecs live with the tests
 
-from scripts.fuzz_command import Command
 from tests import tiny_codecs
 from tests.tiny_tokenizers import TINY_TOKENIZERS, TinyLevels
 from vtc.codecs import chunks, container, entropy
@@ -47,6 +47,8 @@ from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import BitstreamError, ModelError
 from vtc.models import FINGERPRINTS, MODEL_IDS
 from vtc.tokenizers.base import Tokens
+
+Command = import_module("scripts.fuzz_command").Command
 
 LOW_LIMIT = 2**16  # pixels of an image that is drawn
 USUAL_LIMIT = 2**20  # pixels of an image whose tokens are decoded; now and then it is the format's own
@@ -413,10 +415,11 @@ def mutate(source: Source, others: list[Source], rng: random.Random) -> Mutated:
         if rng.random() < 0.1:
             mutated = rng.choice(BLIND)(mutated, rng)
         return Mutated(mutated, True, (source,))
-    sources = (source,)
+    sources: tuple[Source, ...] = (source,)
     if kind < 0.5:
-        sources = source, rng.choice(others)
-        mutated = splice(source.stream, sources[1].stream, rng)
+        other = rng.choice(others)
+        sources = source, other
+        mutated = splice(source.stream, other.stream, rng)
     else:
         mutated = rng.choice(BLIND)(source.stream, rng)
     while mutated and rng.random() < 0.2:

@@ -105,12 +105,12 @@ def test_counts_of_every_layout(name, kind, shape):
 
 
 def test_a_short_attack_of_every_kind(capsys):
-    assert fuzz_bitstream.main(["--iterations", "40", "--seed", "7"]) == 0
+    assert fuzz_bitstream.main(["--iterations", "20", "--seed", "7"]) == 0
     said = capsys.readouterr().out
     assert ", 0 violations, " in said
     left_out = {"latents"} if "latents are left out" in said else set()
     cases = dict(re.findall(r"^(\S+) +([0-9]+) cases, 0 violations", said, re.M))
-    assert cases == {kind: "40" for kind in fuzz_bitstream.KINDS if kind not in left_out}
+    assert cases == {kind: "20" for kind in fuzz_bitstream.KINDS if kind not in left_out}
 
 
 def test_the_attack_notices_a_defect(capsys, monkeypatch):
@@ -173,9 +173,13 @@ def test_a_model_id_is_a_number_of_the_table_and_nothing_else(monkeypatch):
                 assert decode._bundled_model(named) == expected
 
 
-def test_coverage_guided_fuzzing_starts_from_the_same_cases(tmp_path):
+@pytest.fixture(scope="module")
+def fuzz():
+    return fuzz_coverage.Fuzz()
+
+
+def test_coverage_guided_fuzzing_starts_from_the_same_cases(fuzz, tmp_path):
     """Without atheris: its entry point takes the seeds and what its mutator makes of them."""
-    fuzz = fuzz_coverage.Fuzz()
     assert fuzz.write_seeds(tmp_path) > 50
     seeds = [path.read_bytes() for path in sorted(tmp_path.iterdir())]
     for number, seed in enumerate(seeds[::8]):
@@ -185,8 +189,7 @@ def test_coverage_guided_fuzzing_starts_from_the_same_cases(tmp_path):
         fuzz(mutated)
 
 
-def test_coverage_guided_fuzzing_notices_a_defect(monkeypatch):
-    fuzz = fuzz_coverage.Fuzz()
+def test_coverage_guided_fuzzing_notices_a_defect(fuzz, monkeypatch):
     monkeypatch.setattr(container, "check_limits", lambda *_: {}["defect"])
     with pytest.raises(KeyError):
         fuzz(fuzz.seeds[0])
