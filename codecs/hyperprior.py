@@ -132,9 +132,9 @@ class Hyperprior(nn.Module):
                          "qualities": qualities}
         self.channels, self.qualities, self.quality = channels, qualities, qualities - 1
         self.h_a = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 5, stride=2, padding=2),
+            nn.Conv2d(2 * channels, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 5, stride=2, padding=2),
             nn.ReLU(), nn.Conv2d(width, hyper_channels, 5, stride=2, padding=2))
-        self.entropy_bottleneck: Any = models.EntropyBottleneck(hyper_channels)
+        self.entropy_bottleneck: Any = models.EntropyBottleneck(hyper_channels, init_scale=4)
         self.h_s: nn.Module = WholeSynthesis(channels, hyper_channels, width, qualities)
         self.gaussian_conditional: Any = models.GaussianConditional(scale_table())
         for part in (self.entropy_bottleneck, self.gaussian_conditional):
@@ -272,7 +272,9 @@ class Hyperprior(nn.Module):
             raise ConfigError(f"The hyperprior takes latents (B, {self.channels}, h, w) with h and w multiples of "
                               f"{HYPER_STRIDE}, not {tuple(latents.shape)}.")
         y = latents.float() * self._gain(quality)
-        return y, self.h_a(y.to(self.log_gain.dtype)).float()
+        # Amplitudes span three decades and scales go by ratios, so h_a sees logarithms.
+        amplitudes = y.abs().log1p()
+        return y, self.h_a(torch.cat([amplitudes, y.sign() * amplitudes], 1).to(self.log_gain.dtype)).float()
 
     def _medians(self, z: Tensor) -> Tensor:
         return self.entropy_bottleneck.quantiles[:, 0, 1].detach().float()[None, :, None, None].expand_as(z)

@@ -51,7 +51,7 @@ def make_codec(seed: int = 0) -> LatentCodec:
     torch.manual_seed(seed)
     hyperprior = Hyperprior(CHANNELS, HYPER, 8, QUALITIES)
     fill(cast(WholeSynthesis, hyperprior.h_s), seed)
-    cast(nn.Conv2d, hyperprior.h_a[-1]).weight.data.mul_(8)
+    cast(nn.Conv2d, hyperprior.h_a[-1]).weight.data.mul_(40)
     hyperprior.log_gain.data.copy_(torch.tensor([[2.0], [4.0]]).expand(QUALITIES, CHANNELS))
     codec = LatentCodec(PatchVAE(CHANNELS, 16, 2), hyperprior).eval()
     codec.update()
@@ -89,7 +89,8 @@ def test_likelihoods_and_strings_are_those_of_compressais_scale_hyperprior(codec
 
     latents = codec.latents(x)
     y = latents * 16.0  # the gain of the finest quality
-    z = ours.h_a(y)
+    amplitudes = torch.log(1 + y.abs())
+    z = ours.h_a(torch.cat([amplitudes, torch.sign(y) * amplitudes], 1))
     z_hat, z_likelihoods = entropy_bottleneck(z)
     medians = ours.entropy_bottleneck.quantiles[:, 0, 1][None, :, None, None]
     means, numbers = ours.h_s(torch.round(z - medians), torch.tensor([1]))
@@ -103,7 +104,7 @@ def test_likelihoods_and_strings_are_those_of_compressais_scale_hyperprior(codec
 
     coded = codec.compress(x)
     assert coded["shape"] == z.shape[-2:] == (2, 3)
-    assert coded["strings"][1] == entropy_bottleneck.compress(z)
+    assert coded["strings"][1] == entropy_bottleneck.compress(z)  # (no z is so near to a half that log1p matters)
     assert coded["strings"][0] == conditional.compress(y, numbers.int(), means=means)
     theirs_y = conditional.decompress(coded["strings"][0], numbers.int(), means=means)
     torch.testing.assert_close(theirs_y, y_hat, rtol=0, atol=1e-5)
@@ -422,6 +423,70 @@ def test_golden_bytes():
     assert {entry["quality"] for entry in golden} == {0, 1}
 
 
+class RansReader:
+    """CompressAI's strings as docs/bitstream.md says them, in Python integers."""
+
+    def __init__(self, string: bytes) -> None:
+        self.words = np.frombuffer(string, dtype="<u4").tolist()
+        self.state = self.words[0] | self.words[1] << 32
+        self.words = self.words[2:]
+
+    def refill(self) -> None:
+        if self.state < 2**31:
+            self.state = self.state << 32 | (self.words.pop(0) if self.words else 0)
+
+    def digit(self) -> int:
+        value, self.state = self.state % 16, self.state // 16
+        self.refill()
+        return value
+
+    def symbol(self, row: list[int], offset: int) -> int:
+        q = self.state % 2**16
+        i = next(i for i in range(len(row)) if row[i] <= q < row[i + 1])
+        self.state = self.state // 2**16 * (row[i + 1] - row[i]) + q - row[i]
+        self.refill()
+        if i == len(row) - 2:  # an escape
+            count = digit = self.digit()
+            while digit == 15:
+                digit = self.digit()
+                count += digit
+            v = sum(self.digit() << 4 * n for n in range(count))
+            i = i + v // 2 if v % 2 == 0 else -(v // 2) - 1
+        return i + offset
+
+
+def read_string(string: bytes, model: Any, numbers: list[int]) -> list[int]:
+    reader = RansReader(string)
+    rows = [row[:length].tolist() for row, length in zip(model._quantized_cdf, model._cdf_length, strict=True)]
+    symbols = [reader.symbol(rows[n], int(model._offset[n])) for n in numbers]
+    assert not reader.words
+    return symbols
+
+
+def read_stream(stream: bytes, hyperprior: Hyperprior) -> list[int]:
+    """The symbols of y, by docs/bitstream.md alone. All numbers of these streams' payloads have one byte but z's."""
+    parsed = container.parse(stream)
+    ((rows, columns),) = parsed.scales
+    rows, columns = -(-rows // 4), -(-columns // 4)
+    quality, length = parsed.payload[0], parsed.payload[1]
+    assert length < 128
+    z, y = parsed.payload[2 : 2 + length], parsed.payload[2 + length :]
+    channels = hyperprior.settings["hyper_channels"]
+    numbers = [n for n in range(channels) for _ in range(rows * columns)]
+    symbols = np.array(read_string(z, hyperprior.entropy_bottleneck, numbers)).reshape(channels, rows, columns)
+    _, scales = reference(cast(WholeSynthesis, hyperprior.h_s), symbols, quality)
+    return read_string(y, hyperprior.gaussian_conditional, scales.flatten().tolist())
+
+
+def test_streams_are_what_the_format_says(codec):
+    hyperprior = golden_hyperprior()
+    for entry in json.loads(GOLDEN.read_text()):  # with escapes
+        assert read_stream(bytes.fromhex(entry["stream"]), hyperprior) == entry["symbols"]
+        assert {40, -300} <= set(entry["symbols"])
+    (stream,) = codec.encode_streams(picture(20, 30))
+    assert read_stream(stream, codec.hyperprior) == codec.symbols(stream).flatten().tolist()
+
+
 # ---- models on disk -------------------------------------------------------------------------------------------------
 
 def test_a_codec_on_disk_decodes_what_it_encoded(codec, tmp_path):
@@ -505,6 +570,24 @@ def test_training_computes_what_the_integers_do():
     for ours, wanted in zip(whole(symbols.float(), quality), rounded(symbols.double(), quality), strict=True):
         assert torch.equal(ours.double(), wanted)
         assert ours.unique().numel() > 10
+
+
+@torch.no_grad()
+def test_training_starts_from_scales_that_follow_the_amplitudes():
+    """On latents whose deviation changes from place to place, the first h_s beats any fixed scale a channel."""
+    from vtc.training.hyperprior import make_trainable, start_from
+
+    torch.manual_seed(0)
+    deviations = torch.exp(torch.randn(8, 1, 6, 6) * 1.2).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    latents = torch.randn(8, 12, 24, 24) * deviations * torch.linspace(1, 4, 12)[:, None, None]
+    hyperprior = Hyperprior(12, 8, 8)
+    make_trainable(hyperprior)
+    start_from(hyperprior, latents)
+    hyperprior.eval()
+    bits = -torch.log2(hyperprior(latents)["likelihoods"]["y"]).mean()
+    fixed = hyperprior.gaussian_conditional(latents, latents.std((0, 2, 3), keepdim=True).expand_as(latents))[1]
+    true = hyperprior.gaussian_conditional(latents, (deviations * torch.linspace(1, 4, 12)[:, None, None]))[1]
+    assert -torch.log2(true).mean() < bits < -0.9 * torch.log2(fixed).mean()
 
 
 @pytest.fixture

@@ -25,10 +25,13 @@ from tqdm import tqdm
 from vtc.codecs.hyperprior import (
     ACTIVATION,
     ACTIVATION_BITS,
+    HYPER_STRIDE,
+    LARGEST_SCALE,
     MIDDLE_SCALE,
     OUTPUT_BITS,
     SCALE_BITS,
     SCALES,
+    SMALLEST_SCALE,
     SYMBOL_BITS,
     Hyperprior,
     WholeSynthesis,
@@ -78,13 +81,75 @@ def make_trainable(hyperprior: Hyperprior) -> None:
     hyperprior.h_s = RoundedSynthesis(**hyperprior.settings).to(hyperprior.log_gain.device)
 
 
+@torch.no_grad()
+def start_from(hyperprior: Hyperprior, latents: Tensor, groups: int = 8, loudness: float = 8.0) -> None:
+    """Let the trainable hyperprior begin as a plain one that works, for latents (B, C, h, w) like these.
+
+    The channels are ranked by their deviation and cut into groups; one channel of z carries the mean amplitude of a
+    group over 4x4 positions, `loudness` times log(1 + |y|), and h_s hands it to the group's scales. Everything else
+    starts small. From random weights, z drowns in quantization noise and is given up before anything can read it.
+    """
+    trained, gains = cast(RoundedSynthesis, hyperprior.h_s), hyperprior.log_gain.exp2()
+    deviations = latents.std((0, 2, 3))
+    groups = min(groups, hyperprior.settings["width"], hyperprior.settings["hyper_channels"], len(deviations))
+    members = deviations.argsort(descending=True).tensor_split(groups)
+    entry, middle, exit_ = (cast(nn.Conv2d, hyperprior.h_a[n]) for n in (0, 2, 4))
+    first, second, last = (cast(RoundedConv, layer) for layer in trained.layers)
+    for conv in (entry, middle, exit_):
+        conv.weight.mul_(0.3)
+        cast(Tensor, conv.bias)[:groups] = 0
+    for layer in (first, second):
+        layer.weight.mul_(0.3)
+    for n, member in enumerate(members):
+        for conv in (entry, middle, exit_):
+            conv.weight[n] = 0
+        entry.weight[n, member, 1, 1] = 1 / len(member)
+        middle.weight[n, n, 2:4, 2:4] = 1 / 4  # positions 2 i and 2 i + 1 along each axis
+        exit_.weight[n, n, 2:4, 2:4] = loudness / 4
+        for layer in (first, second):
+            layer.weight[4 * n : 4 * n + 4] = 0
+            layer.weight[4 * n : 4 * n + 4, n, 1, 1] = 1
+    # log-scale by least squares on the amplitude of the group, which says more or less of each channel
+    step = math.log(LARGEST_SCALE / SMALLEST_SCALE) / (SCALES - 1)
+    unit = 2**SYMBOL_BITS / loudness  # amplitude of an activation of 1
+    for quality, gain in enumerate(gains):
+        y = latents * gain[:, None, None]
+        last.steps[quality, : len(gain)] = y.mean((0, 2, 3))
+    y = torch.cat([latents * gain[:, None, None] for gain in gains])
+    last.weight.zero_()
+    for n, member in enumerate(members):
+        amplitude = F.avg_pool2d(y[:, member].abs().log1p().mean(1, keepdim=True), HYPER_STRIDE)
+        squares = F.avg_pool2d(y[:, member].square(), HYPER_STRIDE)
+        edges = torch.quantile(amplitude.flatten()[:100000], torch.linspace(0.02, 0.98, 17, device=y.device))
+        cells = torch.bucketize(amplitude[:, 0], edges)
+        x = torch.stack([amplitude[:, 0][cells == k].mean() for k in range(18) if (cells == k).any()])
+        level = torch.stack([squares.movedim(1, -1)[cells == k].mean(0) for k in range(18) if (cells == k).any()])
+        numbers = torch.log((level.sqrt() / SMALLEST_SCALE).clamp(min=1)) / step  # bins, channels of the group
+        v = (numbers - MIDDLE_SCALE) / 2**SCALE_BITS
+        slope = ((x - x.mean())[:, None] * (v - v.mean(0))).sum(0) / (x - x.mean()).square().sum().clamp(min=1e-6)
+        last.weight[len(gain) + member, n, 1, 1] = slope * unit
+        last.steps[:, len(gain) + member] = v.mean(0) - slope * x.mean()
+
+
+@torch.no_grad()
+def place_quantiles(hyperprior: Hyperprior) -> None:
+    """Make the tables of z anew, out to where its distribution ends, with 0 as the median that z is rounded around.
+
+    A median that follows the distribution would shift the symbols that h_s has learned to read.
+    """
+    bottleneck = hyperprior.entropy_bottleneck
+    bottleneck.update(force=True, update_quantiles=True)
+    bottleneck.quantiles[:, :, 1] = 0
+    bottleneck.update(force=True)
+
+
 def make_whole(hyperprior: Hyperprior) -> None:
     """The inverse, keeping what was learned; then the tables, with the quantiles where the distribution has them."""
     if isinstance(hyperprior.h_s, RoundedSynthesis):
         whole = WholeSynthesis(**hyperprior.settings)
         whole.load_state_dict(hyperprior.h_s.whole())
         hyperprior.h_s = whole.to(hyperprior.log_gain.device)
-    hyperprior.entropy_bottleneck.update(force=True, update_quantiles=True)
+    place_quantiles(hyperprior)
     hyperprior.update(force=True)
     cast(WholeSynthesis, hyperprior.h_s).layers()  # raises where a sum is not proved to be exact
 
@@ -94,16 +159,20 @@ class HyperpriorRecipe:
     """Hyper-parameters of one run; each is a flag of `scripts/train_hyperprior.py`.
 
     lambdas: one for each quality, with commas, coarse to fine.
+    hyper_factor, bottleneck_factor: how much faster than the autoencoder h_a, h_s and gains learn, and the
+        distributions of z.
     """
 
-    lambdas: str = "0.001,0.0025,0.006,0.014"
+    lambdas: str = "0.0005,0.0012,0.003,0.0075"
     hyper_channels: int = 32
     hyper_width: int = 48
     resolution: int = 160
     train_batch_size: int = 6
     max_train_steps: int = 3000
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 2e-5
+    learning_rate: float = 4e-4
+    final_learning_rate: float = 1e-5
+    hyper_factor: float = 1.0
+    bottleneck_factor: float = 20.0
     lr_warmup_steps: int = 50
     max_grad_norm: float = 1.0
     quantile_steps: int = 50
@@ -159,11 +228,15 @@ class HyperpriorTrainer:
         codec.autoencoder.requires_grad_(not freeze_autoencoder)
         codec.hyperprior.entropy_bottleneck.quantiles.requires_grad_(False)  # found by bisection instead
         codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-        parameters = [p for p in codec.parameters() if p.requires_grad]
         self.codec = codec.to(accelerator.device)
+        self.factors = (1.0, recipe.hyper_factor, recipe.bottleneck_factor)
+        groups: list[list[nn.Parameter]] = [[], [], []]
+        for name, parameter in codec.named_parameters():
+            if parameter.requires_grad:
+                groups[0 if name.startswith("autoencoder") else 2 if "bottleneck" in name else 1].append(parameter)
+        optimizer = torch.optim.Adam([{"params": group} for group in groups], lr=1.0)
         # What is wrapped where there are several processes is what is called, and all of that must learn.
-        self.model, self.optimizer = accelerator.prepare(codec.hyperprior if self.frozen else codec,
-                                                         torch.optim.Adam(parameters, lr=1.0))
+        self.model, self.optimizer = accelerator.prepare(codec.hyperprior if self.frozen else codec, optimizer)
         self.lambdas = torch.tensor(recipe.weights, device=accelerator.device)
 
     def resume(self) -> None:
@@ -184,10 +257,12 @@ class HyperpriorTrainer:
                          total=recipe.max_train_steps, disable=not self.accelerator.is_main_process):
             self.step, batch = step, next(batches)
             torch.manual_seed(hash((recipe.seed, self.step, self.accelerator.process_index)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(self.step - 1)
+            if self.step == 1:
+                start_from(self.codec.hyperprior, self._first_latents())
+            for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
+                group["lr"] = factor * recipe.learning_rate_at(self.step - 1)
             if self.step % recipe.quantile_steps == 1:
-                self.codec.hyperprior.entropy_bottleneck.update(force=True, update_quantiles=True)
+                place_quantiles(self.codec.hyperprior)
             loss, facts = self._loss(batch.float() / 255)
             if not math.isfinite(loss.item()):
                 raise TrainingError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate.")
@@ -214,6 +289,13 @@ class HyperpriorTrainer:
         numbers = range(self.step * per_step, recipe.max_train_steps * per_step)
         return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=numbers))
 
+    @torch.no_grad()
+    def _first_latents(self) -> Tensor:
+        """(64, C, h, w) of as many crops."""
+        crops = RandomCrops(self.files, self.recipe.resolution, self.recipe.seed)
+        return torch.cat([self.codec.latents(crops[n][None].to(self.accelerator.device).float() / 255)
+                          for n in range(64)])
+
     def _loss(self, images: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Of a (B, 3, S, S) batch, each picture with a quality of its own; also mean bits per pixel and MSE."""
         quality = torch.randint(len(self.lambdas), (len(images),), device="cpu").to(images.device)
@@ -227,10 +309,10 @@ class HyperpriorTrainer:
             else:
                 output = self.model(x, quality)
                 error = (output["x_hat"] - images).square().flatten(1).mean(1)
-        bits = sum(-torch.log2(likelihood).flatten(1).sum(1) for likelihood in output["likelihoods"].values())
-        bpp = cast(Tensor, bits) / images[0, 0].numel()
-        loss = (self.lambdas[quality] * 255**2 * error + bpp).mean()
-        return loss, {"loss": loss.item(), "train_bpp": bpp.mean().item(), "train_mse": error.mean().item()}
+        y, z = (-torch.log2(output["likelihoods"][name]).flatten(1).sum(1) / images[0, 0].numel() for name in "yz")
+        loss = (self.lambdas[quality] * 255**2 * error + y + z).mean()
+        return loss, {"loss": loss.item(), "y_bpp": y.mean().item(), "z_bpp": z.mean().item(),
+                      "train_mse": error.mean().item()}
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
