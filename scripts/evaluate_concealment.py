@@ -119,9 +119,9 @@ class Fillings:
             return self.words[torch.from_numpy(filled).T]
         if name == "words":
             return self.words[self.concealer.conceal(indices, lost, grid, self.words)]
-        start = time.perf_counter()
+        start = time.process_time()
         codes = self.concealer.conceal_codes(indices, lost, grid, self.words)
-        self.seconds.append(time.perf_counter() - start)
+        self.seconds.append(time.process_time() - start)
         return codes
 
     def accuracy(self, codes: Tensor, indices: Tensor, lost: Tensor) -> float:
@@ -151,6 +151,8 @@ def evaluate(args: argparse.Namespace) -> None:
         rows = report["values"].setdefault(file.name, {})
         wanted = [(pattern, filling) for pattern in args.patterns for filling in args.fillings
                   if f"{pattern}: {filling}" not in rows]
+        if not wanted:
+            continue
         image, known = load_image(file).tensor()[None], "nothing: none" in rows
         rows |= measure(image, fill, judge, wanted, (args.seed, number), known)
         report["values"][file.name] = rows
@@ -257,8 +259,8 @@ def table(report: dict) -> list[str]:
             lines.append(f"| {pattern} | {name} | {100 * accuracy:.1f} % | {value:.4f} | {value - lpips:.4f} | "
                          f"{decibels:.2f} | {share} |")
     if report["seconds"]:
-        lines += ["", f"The concealer took {statistics.median(report['seconds']):.2f} s an image (median; "
-                  f"{report['threads']} threads, on a machine with other work)."]
+        lines += ["", f"The concealer took {statistics.median(report['seconds']):.2f} s of processor time an image "
+                  f"(median; {report['threads']} threads)."]
     return [*lines, ""]
 
 
