@@ -404,7 +404,7 @@ def markdown(report: dict) -> str:
                   "Distance is Euclidean (lower is better); same person: share with a distance below the engine's "
                   "threshold; centred cosine: after the originals' mean was taken off. None of these is F-Sim.", "",
                   f"### {describe_engine(rows)}", ""]
-        lines += table(rows, {m: f for m, f in measures.items() if rows and m in rows[0]})
+        lines += table(rows, {m: f for m, f in measures.items() if any(m in row for row in rows)})
     return "\n".join(lines) + "\n"
 
 
@@ -419,6 +419,9 @@ def table(rows: list[dict], measures: dict) -> list[str]:
         short = "" if row["pictures"] == most else f" ({row['pictures']} of {most} pictures: not comparable)"
         cells = [str(row["size"]), row["codec"] + short, "-" if row["bpp"] is None else f"{row['bpp']:.4f}"]
         for measure, (_, form) in measures.items():
+            if measure not in row:  # the mean to take off needs more than one face
+                cells += ["-"] * 4
+                continue
             for bucket in ("small", "medium", "large"):
                 part = row[measure][bucket]
                 cells.append(f"{form(part['mean'])}{'†' if part['few'] else ''} ({part['n']})")

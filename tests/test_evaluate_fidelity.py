@@ -160,3 +160,15 @@ def test_nothing_to_judge_is_a_sentence(tmp_path, capsys):
                            (("--faces", str(tmp_path)), "holds no pictures")):
         assert evaluate_fidelity.main([*start, *more]) == 1
         assert sentence in capsys.readouterr().err
+
+
+def test_a_codec_with_too_few_faces_has_a_dash_for_what_needs_more():
+    bucket = {"mean": 0.5, "few": True, "n": 1}
+    measured = {"small": bucket, "medium": bucket, "large": bucket, "mean_of_buckets": 0.5}
+    rows = [{"size": 256, "codec": "a", "pictures": 9, "bpp": None, "distance": measured, "cosine": measured},
+            {"size": 256, "codec": "b", "pictures": 1, "bpp": 0.04, "distance": measured}]
+    form = "{:.1f}".format
+    lines = evaluate_fidelity.table(rows, {"distance": ("d", form), "cosine": ("c", form)})
+    assert lines[2].count("0.5") == 8
+    assert lines[3] == ("| 256 | b (1 of 9 pictures: not comparable) | 0.0400 | 0.5† (1) | 0.5† (1) | 0.5† (1) | 0.5 "
+                        "| - | - | - | - |")
