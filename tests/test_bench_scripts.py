@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+
+from vtc.codecs.entropy import StaticTables
+from vtc.torchvision_guard import ensure_torchvision_imports
 
 bench_quantizers = import_module("scripts.bench_quantizers")
 bench_clustering = import_module("scripts.bench_clustering")
@@ -61,3 +66,28 @@ def test_bars_of_clustering():
     assert bench_clustering.missed_bars("row", 3.0, 1.0049) == []
     assert len(bench_clustering.missed_bars("row", 2.9, 1.0)) == 1
     assert len(bench_clustering.missed_bars("row", 2.9, 0.99)) == 2
+
+
+def test_the_coders_of_the_codec_benchmark_give_back_what_they_got():
+    ensure_torchvision_imports()
+    pytest.importorskip("compressai")
+    bench_codec = import_module("scripts.bench_codec")
+    rng = np.random.default_rng(0)
+    frequencies = np.ones((1, 300), dtype=np.int64)
+    frequencies[0, 7] = 2**12 - 299
+    p = frequencies[0] / 2**12
+    prior = SimpleNamespace(encode=lambda s, g, w: s.astype("<u2").tobytes(),
+                            decode=lambda d, g, w: np.frombuffer(d, "<u2").astype(np.int64))
+    symbols = rng.choice(300, 2000, p=p)
+    measured = {coder.name: bench_codec.one_coder(coder, [(symbols, (40, 50))], 1) for coder in bench_codec.coders(
+        SimpleNamespace(tables=StaticTables(frequencies), prior=prior), 300)}
+    ideal = -np.log2(p[symbols]).mean()
+    for name in ("vtc, static tables (ANS)", "CompressAI, static tables (rANS)"):
+        assert measured[name]["bits"] == pytest.approx(ideal, rel=0.05)  # 244 bytes, and a coder's state
+    assert measured["vtc, packed"]["bits"] == pytest.approx(np.log2(300), rel=0.01)
+    assert measured["vtc, learned prior"]["bits"] == 16  # the one that stands in for it
+    lines = bench_codec.coder_table(list(measured.values())).splitlines()
+    assert len(lines) == 2 + 8 and lines[2].startswith("| vtc, static tables (ANS) | ")
+    with pytest.raises(RuntimeError, match="did not give the symbols back"):
+        bench_codec.one_coder(bench_codec.Coder("bad", lambda s, g: b"", lambda d, g: symbols + 1),
+                              [(symbols, (40, 50))], 1)
