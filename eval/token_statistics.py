@@ -27,7 +27,6 @@ from vtc.errors import ConfigError
 from vtc.eval.token_entropies import (
     ContextEntropy,
     Entropies,
-    KneserNey,
     Offsets,
     context_entropy,
     count_words,
@@ -38,11 +37,6 @@ from vtc.eval.token_entropies import (
     shuffled,
     windows,
 )
-
-__all__ = ["Benford", "Compressibility", "ContextEntropy", "Cooccurrence", "Entropies", "KneserNey", "Neighbour",
-           "TokenStatistics", "VocabularyGrowth", "ZipfFit", "benford", "compressibility", "cooccurrence",
-           "context_entropy", "entropies", "heaps_fit", "huffman_bits", "mutual_information", "token_statistics",
-           "vocabulary_growth", "zipf_fit"]
 
 #: where the neighbours lie whose mutual information is measured, (rows, columns)
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1), (0, 2), (2, 0), (0, 4), (4, 0), (0, 8), (8, 0))
@@ -201,7 +195,7 @@ def vocabulary_growth(sequences: Sequence[NDArray], vocab: int, orders: int = 20
     document = np.repeat(np.arange(len(words)), [len(w) for w in words])
     by_word = np.argsort(np.concatenate(words), kind="stable")
     document = document[by_word]
-    starts = np.concatenate([[0], np.cumsum((np.bincount(np.concatenate(words), minlength=vocab)[counts > 0]))[:-1]])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(np.concatenate(words), minlength=vocab)[counts > 0])[:-1]])
 
     def curve(place: NDArray[np.int64]) -> NDArray[np.int64]:
         """place: where each document comes in the order; words seen after 1, 2, ... documents."""
@@ -450,9 +444,9 @@ class TokenStatistics:
 
     documents, tokens, vocab, used: how much there was. scan: in which order n-grams and streams read. entropy: of
     single tokens. n_grams: of orders 1 to 4, where they fit 64 bits. above_and_left: a token given those two; None for
-    documents of one row. neighbours: pairs in all directions; cooccurrence: of neighbours to the right, and below, where
-    enough words are frequent.
-    growth: None for a single document. rank_frequency: counts of the words that occurred, largest first.
+    documents of one row. neighbours: pairs in all directions. cooccurrence: of neighbours to the right, and below,
+    where enough words are frequent. growth: None for a single document. rank_frequency: counts of the words that
+    occurred, largest first.
     """
 
     documents: int

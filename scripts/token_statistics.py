@@ -29,9 +29,9 @@ from vtc.eval.token_statistics import TokenStatistics, token_statistics
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor
 from vtc.models import DEFAULT_MODEL, load_tokenizer
+from vtc.training.data import image_files
 from vtc.training.tokens import TokenGrids
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"}
 TEXTS = {".txt", ".md", ".rst", ".py"}
 
 
@@ -101,7 +101,9 @@ def encoded(name: str, folder: Path, model: str) -> Corpus:
     """The tokens of a folder's pictures; of a model with several groups, of the first."""
     import torch
 
-    files = files_of(folder, PICTURES)
+    files = image_files(folder)
+    if not files:
+        raise FileError(f"There are no pictures in {folder}.")
     tokenizer = load_tokenizer(model)
     vocab = tokenizer.spec.vocab[0]
     with torch.inference_mode():
@@ -121,7 +123,7 @@ def from_grids(name: str, file: Path, size: int | None) -> Corpus:
 
 def texts(name: str, folder: Path) -> list[Corpus]:
     """Words (letters, in lower case) and characters of a folder's texts, indexed in the order of the alphabet."""
-    read = [text for text in map(text_of, files_of(folder, TEXTS)) if text]
+    read = [text for text in map(text_of, text_files(folder)) if text]
     words = [re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower()) for text in read]
     return [indexed(f"{name}, words", words, f"words of {len(read)} texts"),
             indexed(f"{name}, characters", read, f"characters of {len(read)} texts")]
@@ -146,15 +148,15 @@ def text_of(file: Path) -> str:
     return "\n".join(filter(None, (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, kinds))))
 
 
-def files_of(folder: Path, suffixes: set[str]) -> list[Path]:
+def text_files(folder: Path) -> list[Path]:
     """Sorted; other people's packages and tests, which lie in the standard library's folder, are left out."""
     if not folder.is_dir():
         raise FileError(f"There is no folder {folder}.")
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in suffixes and file.is_file()
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in TEXTS and file.is_file()
                    and not left_out & set(file.relative_to(folder).parts))
     if not files:
-        raise FileError(f"{folder} has no files that end in {', '.join(sorted(suffixes))}.")
+        raise FileError(f"{folder} has no files that end in {', '.join(sorted(TEXTS))}.")
     return files
 
 
@@ -171,7 +173,8 @@ def matched(corpora: Iterable[Corpus], tokens: int, seed: int) -> list[Corpus]:
                 chosen.append(corpus.documents[n])
                 total += corpus.documents[n].size
         if len(chosen) > 1:
-            found.append(Corpus(f"{corpus.name} ({total // 1000}k)", corpus.vocab, chosen,
+            size = f"{total // 1000}k" if total >= 10_000 else str(total)
+            found.append(Corpus(f"{corpus.name} ({size})", corpus.vocab, chosen,
                                 f"{len(chosen)} documents at random, of {corpus.about}"))
     return found
 
@@ -218,7 +221,8 @@ def table(found: dict[str, TokenStatistics]) -> str:
             lambda s, r=r, c=c: next((f"{n.information - n.shuffled:.2f} ({n.information:.2f} - {n.shuffled:.2f})"
                                       for n in s.neighbours if (n.rows, n.columns) == (r, c)), None))
     row("pairs of one word with itself, by chance (%)",
-        lambda s: s.cooccurrence and f"{100 * s.cooccurrence[0].same:.2f}, {100 * s.cooccurrence[0].same_by_chance:.2f}")
+        lambda s: s.cooccurrence and ", ".join(
+            f"{100 * share:.2f}" for share in (s.cooccurrence[0].same, s.cooccurrence[0].same_by_chance)))
     row("symmetry of pairs, shuffled",
         lambda s: s.cooccurrence and f"{s.cooccurrence[0].symmetry:.3f}, {s.cooccurrence[0].shuffled_symmetry:.3f}")
     row("correlations of neighbours, three leading (largest of shuffled)",

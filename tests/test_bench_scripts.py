@@ -91,3 +91,18 @@ def test_the_coders_of_the_codec_benchmark_give_back_what_they_got():
     with pytest.raises(RuntimeError, match="did not give the symbols back"):
         bench_codec.one_coder(bench_codec.Coder("bad", lambda s, g: b"", lambda d, g: symbols + 1),
                               [(symbols, (40, 50))], 1)
+
+
+def test_bars_of_the_frechet_distance():
+    bench = import_module("scripts.bench_frechet")
+    assert bench.missed(10.1, 1e-5, 57.0) == []
+    assert len(bench.missed(9.9, 1e-5, 57.0)) == 1
+    assert len(bench.missed(9.9, float("nan"), 57.0)) == 2
+
+
+def test_bars_of_the_glcm_score():
+    bench = import_module("scripts.bench_glcm")
+    photograph = {"picture": "photograph astronaut, tiled", "wall_ratio": 4.5, "difference": 1e-12}
+    assert len(bench.missed([photograph, {**photograph, "picture": "noise"}])) == 1
+    assert bench.missed([{**photograph, "wall_ratio": 5.0}]) == []
+    assert len(bench.missed([{**photograph, "difference": 2e-9, "wall_ratio": 9.0}])) == 1
