@@ -145,6 +145,19 @@ def test_gradient_goes_through_the_projection():
     assert torch.equal(ours, torch.autograd.grad(F.normalize(z, dim=1), z, cotangent)[0])
 
 
+def test_the_published_gradient_is_the_one_of_signs_that_are_then_divided():
+    z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    cotangent = torch.randn(2, 6, 3, dtype=torch.float64)
+    quantizer = BinarySphericalQuantizer(6, 3, compat="upstream")
+    unit = F.normalize(z, dim=1)
+    published = (unit + (torch.where(unit > 0, 1.0, -1.0) - unit).detach()) / 6**0.5
+    out = quantizer(z)
+    torch.testing.assert_close(out.z_q, published, rtol=0, atol=1e-7)  # codes are float32
+    assert torch.equal(out.z_q, quantizer.indices_to_codes(out.indices).double())
+    ours, theirs = (torch.autograd.grad(codes, z, cotangent)[0] for codes in (out.z_q, published))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
 def test_loss_passes_finite_differences():
     torch.manual_seed(0)
     z = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
@@ -154,7 +167,8 @@ def test_loss_passes_finite_differences():
 def test_wrong_settings_are_refused():
     for wrong in (dict(dim=18, group_bits=4), dict(dim=8, group_bits=8, token_bits=(3, 3)),
                   dict(dim=8, group_bits=8, temperature=0), dict(dim=8, group_bits=8, bit_order="little"),
-                  dict(dim=8, group_bits=8, codebook_entropy="pooled")):
+                  dict(dim=8, group_bits=8, codebook_entropy="pooled"),
+                  dict(dim=8, group_bits=8, compat="downstream")):
         with pytest.raises(ConfigError):
             BinarySphericalQuantizer(**wrong)
     with pytest.raises(ConfigError, match="latents"):

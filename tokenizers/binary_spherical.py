@@ -36,6 +36,8 @@ class BinarySphericalQuantizer(Quantizer):
         with persample_entropy_compute="group"; "bit": of two probabilities a bit, added up over bits, as upstream with
         "analytical", whose per-bit probabilities replace those of the sub-groups (BSQ-ViT's default, and Infinity's).
         The former is at most the latter; they agree if bits are independent. The sample entropy is the same in both.
+    compat: None, the default: gradients of the codes reach the projected latent as they are, as in Infinity;
+        "upstream": over sqrt(d), as in BSQ-ViT, whose straight-through step comes before that division.
     """
 
     grouped_indices = True
@@ -43,7 +45,8 @@ class BinarySphericalQuantizer(Quantizer):
     def __init__(self, dim: int, group_bits: int = 9, commitment: float = 0.25, entropy: float = 0.1,
                  diversity: float = 1.0, temperature: float = 1.0, normalize: bool = True,
                  token_bits: tuple[int, ...] | None = None, bit_order: BitOrder = "msb_first",
-                 reduce_across_ranks: bool = True, codebook_entropy: Literal["group", "bit"] = "group") -> None:
+                 reduce_across_ranks: bool = True, codebook_entropy: Literal["group", "bit"] = "group",
+                 compat: Literal["upstream"] | None = None) -> None:
         super().__init__()
         if group_bits < 1 or dim < 1 or dim % group_bits:
             raise ConfigError(f"{dim} channels do not divide into sub-groups of {group_bits} bits.")
@@ -51,6 +54,8 @@ class BinarySphericalQuantizer(Quantizer):
             raise ConfigError(f"The temperature must be positive, not {temperature}.")
         if codebook_entropy not in ("group", "bit"):
             raise ConfigError(f"codebook_entropy is 'group' or 'bit', not {codebook_entropy!r}.")
+        if compat not in (None, "upstream"):
+            raise ConfigError(f"compat is None or 'upstream', not {compat!r}.")
         check_bit_order(bit_order)
         self.dim, self.group_bits = dim, group_bits
         self.commitment, self.entropy, self.diversity = commitment, entropy, diversity
@@ -60,6 +65,7 @@ class BinarySphericalQuantizer(Quantizer):
             token_bits = (dim,) if group_bits == 1 else (group_bits,) * (dim // group_bits)
         self.token_bits = tuple(token_bits)
         self.reduce_across_ranks, self.codebook_entropy = reduce_across_ranks, codebook_entropy
+        self.compat = compat
         check_token_bits(self.token_bits, dim)
 
     @property
@@ -83,7 +89,8 @@ class BinarySphericalQuantizer(Quantizer):
             return Quantized(codes.to(z.dtype), indices, z.new_zeros(()))
         on_sphere = self._on_sphere(z)
         loss = self.weighted(self._terms(on_sphere, ones, self.entropy != 0))
-        return Quantized(straight_through(on_sphere, codes).to(z.dtype), indices, loss)
+        source = on_sphere / math.sqrt(self.dim) if self.compat == "upstream" else on_sphere
+        return Quantized(straight_through(source, codes).to(z.dtype), indices, loss)
 
     def loss_terms(self, z: Tensor) -> dict[str, Tensor]:
         """Unweighted, in either mode: per_sample_entropy, codebook_entropy, commitment."""
