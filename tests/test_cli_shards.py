@@ -48,7 +48,7 @@ def tar(path: str, *members: tuple[str, bytes] | tarfile.TarInfo) -> None:
 
 def contents(path: str | Path) -> dict[str, bytes]:
     with tarfile.open(path) as file:
-        return {member.name: file.extractfile(member).read() for member in file}
+        return {member.name: opened.read() for member in file if (opened := file.extractfile(member))}
 
 
 def samples(count: int, first: int = 0) -> list[tuple[str, bytes]]:
@@ -128,10 +128,11 @@ def header(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 def test_members_that_lead_out_are_left_out(here: Path, run: Say) -> None:
-    bad = [("/etc/x.png", png(1)), ("../x.cls", b"1"), ("a/../../x.png", png(1)), ("..\\x.png", png(2)),
-           ("C:/x.png", png(2)), header("link.png", tarfile.SYMTYPE, "/etc/passwd"),
-           header("hard.png", tarfile.LNKTYPE, "/etc/passwd"), header("pipe", tarfile.FIFOTYPE),
-           header("disk", tarfile.BLKTYPE)]
+    bad: list[tuple[str, bytes] | tarfile.TarInfo] = [
+        ("/etc/x.png", png(1)), ("../x.cls", b"1"), ("a/../../x.png", png(1)), ("..\\x.png", png(2)),
+        ("C:/x.png", png(2)), header("link.png", tarfile.SYMTYPE, "/etc/passwd"),
+        header("hard.png", tarfile.LNKTYPE, "/etc/passwd"), header("pipe", tarfile.FIFOTYPE),
+        header("disk", tarfile.BLKTYPE)]
     tar("a.tar", header("folder", tarfile.DIRTYPE), *samples(1), *bad, ("./1.png", png(3)))
     result = run("encode", "a.tar", "-o", "b.tar", "--quiet")
     assert result.code == 1 and list(contents("b.tar")) == ["0000.vtc", "0000.cls", "0000.json", "./1.vtc"]
@@ -165,7 +166,7 @@ def test_shards_that_are_damaged_leave_nothing(here: Path, run: Say) -> None:
 def test_mutated_shards_raise_typed_errors(here: Path) -> None:
     tar("a.tar", *samples(2), ("n" * 150 + ".png", png(3)), header("link", tarfile.SYMTYPE, "a"))
     whole, rng = Path("a.tar").read_bytes(), random.Random(0)
-    outcomes = set()
+    outcomes: set[type] = set()
     for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.randint(1, 4)):
