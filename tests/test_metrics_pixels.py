@@ -160,6 +160,11 @@ def test_lpips_without_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(ModelError, match="alexnet_features"):
         LearnedPerceptualImagePatchSimilarity("alex", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({}, tmp_path / "checkpoints" / "alexnet-owt-0.pth")  # a download takes no part where a place is named
+    for place in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ModelError, match="does not hold alexnet_features"):
+            LearnedPerceptualImagePatchSimilarity("alex", place)
 
 
 def test_rates_refuse_nonsense():

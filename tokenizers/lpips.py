@@ -129,6 +129,8 @@ def _backbone_weights(backbone: str, weights: str | os.PathLike[str] | None) -> 
         if path.is_file():
             tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=True)
             return {k.removeprefix("features."): v for k, v in tensors.items() if k.startswith("features.")}
+    if weights:  # other weights than the ones asked for would be a silent mistake
+        raise ModelError(f"LPIPS needs the ImageNet features of {backbone!r}: {weights} does not hold {name}.")
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     stem = {"alex": "alexnet-owt", "squeeze": "squeezenet1_1", "vgg": "vgg16-"}[backbone]
     for path in sorted(hub.glob(f"{stem}*.pth")):
