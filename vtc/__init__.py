@@ -173,6 +173,34 @@ _MODULE_OF = {
     "TextFidelity": "vtc.eval.text_fidelity",
     "tiling_error": "vtc.eval.scale_consistency",
     "WaveletBandEnergies": "vtc.eval.wavelet_bands",
+    # generators
+    "AdaptiveHeads": "vtc.generators.kv_cache.wrappers",
+    "budget_from_ratio": "vtc.generators.kv_cache.policy",
+    "Calibration": "vtc.generators.kv_cache.calibration",
+    "Full": "vtc.generators.kv_cache.full",
+    "generate_speculatively": "vtc.generators.speculative",
+    "Guidance": "vtc.generators.sampling",
+    "H2O": "vtc.generators.kv_cache.h2o",
+    "HACK": "vtc.generators.kv_cache.hack",
+    "HeatKV": "vtc.generators.kv_cache.heatkv",
+    "Infinity": "vtc.generators.infinity",
+    "KVCache": "vtc.generators.kv_cache.cache",
+    "KVPolicy": "vtc.generators.kv_cache.policy",
+    "LlamaGen": "vtc.generators.llamagen",
+    "load_generator_checkpoint": "vtc.generators.upstream",
+    "MixedPrecision": "vtc.generators.kv_cache.storage",
+    "PerLayer": "vtc.generators.kv_cache.wrappers",
+    "PyramidKV": "vtc.generators.kv_cache.snapkv",
+    "Recorder": "vtc.generators.kv_cache.calibration",
+    "Sampling": "vtc.generators.sampling",
+    "ScaleKV": "vtc.generators.kv_cache.scalekv",
+    "scales_for": "vtc.generators.infinity",
+    "Schedule": "vtc.generators.kv_cache.schedule",
+    "seeded": "vtc.generators.sampling",
+    "SlidingScales": "vtc.generators.kv_cache.sliding",
+    "SnapKV": "vtc.generators.kv_cache.snapkv",
+    "StreamingLLM": "vtc.generators.kv_cache.sliding",
+    "VAR": "vtc.generators.var",
 }
 
 if TYPE_CHECKING:
@@ -251,6 +279,33 @@ if TYPE_CHECKING:
     from vtc.eval.wavelet_bands import WaveletBandEnergies as WaveletBandEnergies
     from vtc.eval.wavelet_bands import band_energies as band_energies
     from vtc.eval.wavelet_bands import haar_bands as haar_bands
+    from vtc.generators.infinity import Infinity as Infinity
+    from vtc.generators.infinity import scales_for as scales_for
+    from vtc.generators.kv_cache.cache import KVCache as KVCache
+    from vtc.generators.kv_cache.calibration import Calibration as Calibration
+    from vtc.generators.kv_cache.calibration import Recorder as Recorder
+    from vtc.generators.kv_cache.full import Full as Full
+    from vtc.generators.kv_cache.h2o import H2O as H2O
+    from vtc.generators.kv_cache.hack import HACK as HACK
+    from vtc.generators.kv_cache.heatkv import HeatKV as HeatKV
+    from vtc.generators.kv_cache.policy import KVPolicy as KVPolicy
+    from vtc.generators.kv_cache.policy import budget_from_ratio as budget_from_ratio
+    from vtc.generators.kv_cache.scalekv import ScaleKV as ScaleKV
+    from vtc.generators.kv_cache.schedule import Schedule as Schedule
+    from vtc.generators.kv_cache.sliding import SlidingScales as SlidingScales
+    from vtc.generators.kv_cache.sliding import StreamingLLM as StreamingLLM
+    from vtc.generators.kv_cache.snapkv import PyramidKV as PyramidKV
+    from vtc.generators.kv_cache.snapkv import SnapKV as SnapKV
+    from vtc.generators.kv_cache.storage import MixedPrecision as MixedPrecision
+    from vtc.generators.kv_cache.wrappers import AdaptiveHeads as AdaptiveHeads
+    from vtc.generators.kv_cache.wrappers import PerLayer as PerLayer
+    from vtc.generators.llamagen import LlamaGen as LlamaGen
+    from vtc.generators.sampling import Guidance as Guidance
+    from vtc.generators.sampling import Sampling as Sampling
+    from vtc.generators.sampling import seeded as seeded
+    from vtc.generators.speculative import generate_speculatively as generate_speculatively
+    from vtc.generators.upstream import load_generator_checkpoint as load_generator_checkpoint
+    from vtc.generators.var import VAR as VAR
     from vtc.images import LoadedImage as LoadedImage
     from vtc.images import load_image as load_image
     from vtc.images import save_image as save_image
