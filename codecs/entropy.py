@@ -227,8 +227,9 @@ def decode_ans(payload: bytes, layout: TokenLayout, tables: StaticTables, seeded
         packed = seed_length(part.size, len(table)) if seeded and number == len(runs) else 0
         values = coder.decode(_categorical(table), part.size - packed)
         if packed:
-            (state, *more), coder = [*coder.get_compressed().tolist()] or [0], _coder(0)
-            if more or state >= len(table) ** packed:
+            left, coder = coder.get_compressed(), _coder(0)
+            state = int(left[0]) if len(left) else 0
+            if len(left) > 1 or state >= len(table) ** packed:
                 raise BitstreamError("The payload does not end where its indices end.")
             digits = [state // len(table) ** place % len(table) for place in reversed(range(packed))]
             values = np.append(values, digits)

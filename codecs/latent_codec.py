@@ -133,7 +133,7 @@ class LatentCodec(nn.Module, PretrainedMixin):
         channels, own_fingerprint = self.hyperprior.channels, self.fingerprint()
         try:
             scales = self._scales(height, width)
-            container.check_limits(height, width, scales, channels, self.max_pixels)
+            self._check_room(height, width)
         except BitstreamError as error:
             raise ImageError(f"The image cannot be coded: {error}") from error
         chosen = self.hyperprior.quality if quality is None else quality
@@ -176,6 +176,7 @@ class LatentCodec(nn.Module, PretrainedMixin):
         if (parsed.scales, parsed.groups) != (scales, self.hyperprior.channels):
             raise ModelError("The stream's latents are not laid out as this model's for an image of "
                              f"{parsed.width}x{parsed.height} pixels.")
+        self._check_room(parsed.height, parsed.width)
         reader = Reader(parsed.payload)
         quality, length = reader.varint(), reader.varint()
         if quality >= self.hyperprior.qualities:
@@ -201,6 +202,14 @@ class LatentCodec(nn.Module, PretrainedMixin):
     def _scales(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         f = self._model.downsample
         return ((-(-height // f), -(-width // f)),)
+
+    def _check_room(self, height: int, width: int) -> None:
+        """Raise BitstreamError beyond the limits, which hold for padded latents: of a picture one pixel high, padding
+        makes four times as many.
+        """
+        padded = tuple((rows + -rows % HYPER_STRIDE, columns + -columns % HYPER_STRIDE)
+                       for rows, columns in self._scales(height, width))
+        container.check_limits(height, width, padded, self.hyperprior.channels, self.max_pixels)
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to latents (B, C, h, w), h and w multiples of 4: the last ones are repeated."""

@@ -350,6 +350,17 @@ def test_every_damaged_byte_is_found(codec):
             codec.decode_streams([stream[:at]])
 
 
+def test_the_limit_of_memory_counts_what_padding_adds(codec):
+    """At stride 8, a picture 8 x 2^20 pixels has 2^17 x 12 latents, and four times as many when padded."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(container, "MAX_INDICES", 2**21)
+        stream = Container(8, 2**20, ((1, 2**17),), CHANNELS, Coder.LATENTS, b"\0\0", 0, codec.fingerprint()).to_bytes()
+        with pytest.raises(BitstreamError, match=f"{4 * 2**17 * CHANNELS} indices exceeds the limit"):
+            codec.decode_streams([stream])
+        with pytest.raises(ImageError, match="exceeds the limit"):
+            codec.encode_streams(torch.zeros(1, 3, 1, 1).expand(1, 3, 8, 2**20))
+
+
 def test_hostile_payloads_are_errors_and_not_crashes(codec):
     """With a right checksum: only what is exactly the code of some latents decodes."""
     rng, (stream,) = random.Random(0), codec.encode_streams(picture(64, 64))
