@@ -59,6 +59,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=Path, metavar="CSV", help="rates.csv with rows of vtc's tokens")
     parser.add_argument("--reuse", type=Path, metavar="CSV", help="hyperprior.csv of an earlier run: its peers are not "
                                                                   "measured again")
+    parser.add_argument("--note", default="", help="how the codec was trained, for the report")
     parser.add_argument("--symbols_of", type=Path, help="print a hash of the symbols of each stream in a folder")
     parser.add_argument("--type", choices=("float32", "bfloat16"), default="float32", help="of the model, for that")
     args = parser.parse_args(arguments)
@@ -106,7 +107,7 @@ def evaluate(args: argparse.Namespace) -> None:
         rows += [row for row in read_rows(args.tokens) if row.codec.startswith("ours q") and row.image in names]
     points = averages(rows, len(files))
     report: dict[str, Any] = {
-        "codec": Path(args.codec).name, "fingerprint": codec.fingerprint().hex(),
+        "codec": Path(args.codec).name, "note": args.note, "fingerprint": codec.fingerprint().hex(),
         "parameters": sum(p.numel() for p in codec.parameters()), "images": args.images.name, "num_images": len(files),
         "lpips": lpips_note if lpips else "not measured, no weights", "points": points,
         "true_bytes_over_estimated": {"mean": float(np.mean(estimates)), "lowest": min(estimates),
@@ -170,7 +171,7 @@ def markdown(report: dict[str, Any]) -> str:
              f"{report['num_images']} images, whole files, means over images, reconstructions rounded to 8 bits. "
              f"LPIPS: {report['lpips']}. The codec has {report['parameters']:,} parameters; fingerprint "
              f"{report['fingerprint']}. A peer has, image by image, at most as many bits per pixel as its setting, at "
-             "full size; a row with fewer images is not comparable.", "",
+             "full size; a row with fewer images is not comparable.", "", *([report["note"], ""] if report["note"] else []),
              "| codec | setting | n | bpp | PSNR dB | MS-SSIM | LPIPS | encode s | decode s |", "|-|-|-|-|-|-|-|-|-|"]
     for point in report["points"]:
         timed_here = point["curve"] == "latents"

@@ -168,11 +168,11 @@ class HyperpriorRecipe:
     hyper_width: int = 48
     resolution: int = 160
     train_batch_size: int = 6
-    max_train_steps: int = 3000
+    max_train_steps: int = 1700
     learning_rate: float = 4e-4
     final_learning_rate: float = 1e-5
-    hyper_factor: float = 1.0
-    bottleneck_factor: float = 20.0
+    hyper_factor: float = 0.5
+    bottleneck_factor: float = 8.0
     lr_warmup_steps: int = 50
     max_grad_norm: float = 1.0
     quantile_steps: int = 50
