@@ -88,7 +88,7 @@ def report(args: argparse.Namespace) -> None:
         raise FileError(f"The folder {args.out} cannot be made: {error.strerror}.") from error
     data = {"corpora": {name: {"about": corpus.about, **statistics.to_json()}
                         for name, (corpus, statistics) in found.items()}, "provenance": provenance()}
-    write_file(args.out / "statistics.json", (json.dumps(data, indent=1) + "\n").encode())
+    write_file(args.out / "statistics.json", (json.dumps(data) + "\n").encode())
     write_file(args.out / "statistics.md", table({n: s for n, (_, s) in found.items()}).encode())
     draw(args.out, {n: s for n, (_, s) in found.items()})
     print(table({n: s for n, (_, s) in found.items()}))
