@@ -171,7 +171,8 @@ def markdown(report: dict[str, Any]) -> str:
              f"{report['num_images']} images, whole files, means over images, reconstructions rounded to 8 bits. "
              f"LPIPS: {report['lpips']}. The codec has {report['parameters']:,} parameters; fingerprint "
              f"{report['fingerprint']}. A peer has, image by image, at most as many bits per pixel as its setting, at "
-             "full size; a row with fewer images is not comparable.", "", *([report["note"], ""] if report["note"] else []),
+             "full size; a row with fewer images is not comparable.", "",
+             *([report["note"], ""] if report["note"] else []),
              "| codec | setting | n | bpp | PSNR dB | MS-SSIM | LPIPS | encode s | decode s |", "|-|-|-|-|-|-|-|-|-|"]
     for point in report["points"]:
         timed_here = point["curve"] == "latents"
