@@ -53,6 +53,8 @@ def _count(indices: Tensor, vocab: tuple[int, ...]) -> Tensor:
     """Occurrences of every word, group after group; (sum of vocab,) int64."""
     if indices.is_floating_point() or indices.is_complex():
         raise ConfigError(f"Token indices are integers, not {indices.dtype}.")
+    if len(vocab) > 1 and (not indices.ndim or indices.shape[-1] != len(vocab)):
+        raise ConfigError(f"The last dimension of {tuple(indices.shape)} is not the {len(vocab)} groups.")
     flat = indices.reshape(-1, len(vocab)).long()
     sizes = torch.tensor(vocab, device=flat.device)
     if flat.numel() and bool(((flat < 0) | (flat >= sizes)).any()):

@@ -110,7 +110,12 @@ def deep_image_structure_and_texture_similarity(preds: Tensor, target: Tensor, n
 
 
 class DeepImageStructureAndTextureSimilarity(MeanOverImages):
-    """Mean DISTS over images; see `DISTS` for the weights."""
+    """Mean DISTS over images; see `DISTS` for the weights.
+
+    >>> DeepImageStructureAndTextureSimilarity("no/such/folder")
+    Traceback (most recent call last):
+    vtc.errors.ModelError: ...
+    """
 
     is_differentiable = False
     higher_is_better = False

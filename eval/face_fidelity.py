@@ -139,6 +139,10 @@ def summarise_faces(records: Sequence[FaceRecord], engine: FaceEngine, size: int
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two vectors; 0 where one of them is zero (a face that equals the mean)."""
+    """Of two vectors; 0 where one of them is zero (a face that equals the mean).
+
+    >>> round(_cosine(np.array([1.0, 0.0]), np.array([3.0, 4.0])), 12)
+    0.6
+    """
     norms = float(np.linalg.norm(a) * np.linalg.norm(b))
     return float(a @ b) / norms if norms else 0.0

@@ -5,8 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import ConfigError
+from vtc.errors import ConfigError, ImageError
 from vtc.eval.metric import FeatureMetric, check_images
+
+
+def check_features(real: Tensor, fake: Tensor) -> None:
+    """Refuse what are no (M, d) and (N, d) finite features: ConfigError."""
+    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
+        raise ConfigError(f"Features come as (M, d) and (N, d), not as {tuple(real.shape)} and {tuple(fake.shape)}.")
+    if not (torch.isfinite(real).all() and torch.isfinite(fake).all()):
+        raise ConfigError("The features are not all finite.")
 
 
 class FeatureSetMetric(FeatureMetric):
@@ -28,6 +36,7 @@ class FeatureSetMetric(FeatureMetric):
             raise ConfigError(f"At least two samples must be kept, not {max_samples}.")
         self.extractor = extractor.eval()
         self.max_samples, self.seed = max_samples, seed
+        self._dim = int(extractor.num_features)  # type: ignore[arg-type]
         for side in ("real", "fake"):
             self.add_state(f"{side}_features", [], dist_reduce_fx="cat")
 
@@ -45,6 +54,11 @@ class FeatureSetMetric(FeatureMetric):
 
     def update_features(self, features: Tensor, real: bool) -> None:
         """Add (B, d) features that were computed elsewhere."""
+        if features.ndim != 2 or features.shape[1] != self.extractor.num_features:
+            raise ConfigError(f"The network {self.extractor.name} has {self.extractor.num_features} features an image, "
+                              f"not {tuple(features.shape)}.")
+        if not torch.isfinite(features).all():
+            raise ImageError("The feature network gave values that are not finite.")
         self._fed()
         kept: list[Tensor] = getattr(self, self._state(real))
         kept.append(features.float())
@@ -54,7 +68,7 @@ class FeatureSetMetric(FeatureMetric):
     def samples(self, real: bool) -> Tensor:
         """The kept vectors of one side, (N, d), in the order of their keys."""
         kept = getattr(self, self._state(real))
-        features = kept if isinstance(kept, Tensor) else torch.cat(kept) if kept else torch.empty(0, 1)
+        features = kept if isinstance(kept, Tensor) else torch.cat(kept) if kept else torch.empty(0, self._dim)
         return features[_keys(features, self.seed).argsort(stable=True)[: self.max_samples]]
 
     @staticmethod

@@ -7,6 +7,7 @@ square root of an asymmetric matrix, no epsilon on the diagonal.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from vtc.errors import ConfigError, FileError, ImageError
 from vtc.eval.metric import FeatureMetric, check_images
+from vtc.files import write_file
 
 
 class FeatureStatistics(NamedTuple):
@@ -48,6 +50,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ConfigError(f"The clouds have {a.mean.numel()} and {b.mean.numel()} dimensions.")
+    if not all(torch.isfinite(part).all() for part in (a.mean, b.mean, a.covariance, b.covariance)):
+        raise ConfigError("The features' statistics are not finite.")
     values, vectors = torch.linalg.eigh(a.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     product = root @ b.covariance @ root
@@ -75,13 +79,17 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
         raise FileError(f"{path} cannot be read as statistics: {error}.") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise FileError(f"{path} holds a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}.")
+    if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+        raise FileError(f"{path} holds statistics that are not finite.")
     return FeatureStatistics(mean, covariance, count)
 
 
 def save_statistics(path: str | Path, statistics: FeatureStatistics) -> None:
     """Write what `load_statistics`, pytorch-fid and ADM's evaluator read (`mu`, `sigma`), and `count`."""
     arrays = {"mu": statistics.mean.cpu().numpy(), "sigma": statistics.covariance.cpu().numpy()}
-    np.savez(path, **arrays, count=statistics.num_images)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays, count=statistics.num_images)
+    write_file(path, stream.getvalue())
 
 
 class FrechetDistance(FeatureMetric):
@@ -93,6 +101,17 @@ class FrechetDistance(FeatureMetric):
 
     The state is two sums, two sums of outer products (float64) and two counts, however many images there are;
     processes add up. For reconstructions (rFID) the originals are the real images.
+
+    >>> class Means(nn.Module):
+    ...     name, num_features = "means", 3
+    ...     def forward(self, images):
+    ...         return images.mean((2, 3))
+    >>> images = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)) / 2
+    >>> metric = FrechetDistance(Means())
+    >>> metric.update(images, real=True)
+    >>> metric.update(images + 0.5, real=False)
+    >>> metric.metric_name, metric.compute()
+    ('fd_means', tensor(0.7500, dtype=torch.float64))
     """
 
     is_differentiable = False
@@ -127,6 +146,9 @@ class FrechetDistance(FeatureMetric):
 
     def update_features(self, features: Tensor, real: bool) -> None:
         """Add (B, d) features that were computed elsewhere."""
+        if features.ndim != 2 or features.shape[1] != self.extractor.num_features:
+            raise ConfigError(f"The network {self.extractor.name} has {self.extractor.num_features} features an image, "
+                              f"not {tuple(features.shape)}.")
         features = features.double()
         if not torch.isfinite(features).all():
             raise ImageError("The feature network gave values that are not finite.")

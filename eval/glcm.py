@@ -60,6 +60,8 @@ def glcm_patch_scores(levels: np.ndarray, form: Form = "upstream") -> np.ndarray
     """
     if form not in ("upstream", "textbook"):
         raise ConfigError(f'The GLCM score has the forms "upstream" and "textbook", not {form!r}.')
+    if levels.ndim != 2:
+        raise ImageError(f"The GLCM score needs levels (H, W), not {levels.shape}; grey_levels makes them of RGB.")
     rows, columns = levels.shape[0] // PATCH, levels.shape[1] // PATCH
     if not rows or not columns:
         raise ImageError(f"The GLCM score needs at least {PATCH}x{PATCH} pixels, "
@@ -261,6 +263,8 @@ class GLCMScore(Metric):
 
 def jpeg_bytes(pixels: np.ndarray, quality: int = 95) -> int:
     """Bytes of the JPEG file that Pillow writes of uint8 (H, W, 3), colour subsampled 4:2:0, as upstream does."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise ImageError(f"A JPEG is written of uint8 (H, W, 3), not {pixels.dtype} {pixels.shape}.")
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "JPEG", quality=quality)
     return stream.tell()

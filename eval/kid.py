@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import ConfigError
-from vtc.eval.feature_sets import FeatureSetMetric
+from vtc.eval.feature_sets import FeatureSetMetric, check_features
 
 
 class KernelDistance(NamedTuple):
@@ -28,6 +28,7 @@ def polynomial_mmd(a: Tensor, b: Tensor) -> float:
     >>> polynomial_mmd(torch.tensor([[0.0], [1.0]]), torch.tensor([[0.0], [2.0]]))
     -13.0
     """
+    check_features(a, b)
     a, b = a.double(), b.double()
     m, n = len(a), len(b)
     if min(m, n) < 2:
@@ -44,6 +45,8 @@ def polynomial_mmd(a: Tensor, b: Tensor) -> float:
 def kernel_distance(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int = 1000,
                     seed: int = 0) -> KernelDistance:
     """Mean over random subsets, as everybody reports it; sets smaller than `subset_size` are taken whole, once."""
+    if subsets < 1 or subset_size < 2:
+        raise ConfigError(f"KID needs subsets of at least two images, not {subsets} of {subset_size}.")
     size = min(subset_size, len(real), len(fake))
     if subset_size >= max(len(real), len(fake)):
         return KernelDistance(polynomial_mmd(real, fake), 0.0)

@@ -38,6 +38,9 @@ def lattice_ratio(spectrum: Tensor, period: int, cells: int = 16) -> float:
     spectrum: from `error_spectrum`, summed over images. The Hann window spreads a line over three bins, so neighbours
     are those two to five bins away; near the highest frequency only the lower side exists.
     """
+    if spectrum.shape != (period * cells // 2 + 1,):
+        raise ConfigError(f"The spectrum of period {period} and {cells} cells has {period * cells // 2 + 1} bins, "
+                          f"not {tuple(spectrum.shape)}.")
     ratios = []
     for harmonic in range(1, period // 2 + 1):
         k = harmonic * cells

@@ -28,6 +28,8 @@ def learned_perceptual_image_patch_similarity(preds: Tensor, target: Tensor, net
     if preds.shape[1] != 3 or min(preds.shape[2:]) < smallest:
         raise ImageError(f"LPIPS ({network.backbone}) needs RGB pictures with sides of at least {smallest} pixels, "
                          f"not {tuple(preds.shape[1:])}.")
+    if preds.dtype == torch.float64:  # the networks are float32
+        preds, target = preds.float(), target.float()
     if target_features is None:
         target_features = network.unit_features(target)
     return network.distance(network.unit_features(preds), target_features)
@@ -39,6 +41,10 @@ class LearnedPerceptualImagePatchSimilarity(MeanOverImages):
     backbone: "alex" is what papers report as LPIPS of a reconstruction; "vgg" is common as a loss; "squeeze".
     weights: a folder or file with the backbone's convolutions; see `vtc.tokenizers.lpips.LPIPS`, which raises
         ModelError where there are none.
+
+    >>> LearnedPerceptualImagePatchSimilarity("alex", "no/such/folder")
+    Traceback (most recent call last):
+    vtc.errors.ModelError: ...
     """
 
     is_differentiable = False

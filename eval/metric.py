@@ -21,6 +21,9 @@ def check_pair(preds: Tensor, target: Tensor, data_range: float = 1.0) -> None:
 
     Raises ImageError: sizes differ, not floating, not finite, or outside the range.
     """
+    for images in (preds, target):
+        if not isinstance(images, Tensor):
+            raise ImageError(f"Pictures come as torch tensors, not as {type(images).__name__}.")
     if preds.shape != target.shape:
         raise ImageError(f"The pictures have different sizes, {tuple(preds.shape)} and {tuple(target.shape)}; "
                          "crop or resize them first.")
@@ -32,6 +35,8 @@ def check_images(images: Tensor, data_range: float = 1.0) -> None:
     """As `check_pair`, for one batch."""
     if data_range <= 0:
         raise ConfigError(f"data_range must be positive, not {data_range}.")
+    if not isinstance(images, Tensor):
+        raise ImageError(f"Pictures come as torch tensors, not as {type(images).__name__}.")
     if images.ndim != 4 or images.numel() == 0:
         raise ImageError(f"Pictures come as a batch (B, C, H, W), not as {tuple(images.shape)}.")
     if not images.is_floating_point():

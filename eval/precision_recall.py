@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import ConfigError
-from vtc.eval.feature_sets import FeatureSetMetric
+from vtc.eval.feature_sets import FeatureSetMetric, check_features
 
 
 class PrecisionRecall(NamedTuple):
@@ -29,6 +29,7 @@ def precision_recall(real: Tensor, fake: Tensor, neighbours: int = 3, chunk: int
     >>> precision_recall(real, torch.tensor([[1.5], [9.0]]), neighbours=1)
     PrecisionRecall(precision=0.5, recall=1.0)
     """
+    check_features(real, fake)
     if neighbours < 1 or min(len(real), len(fake)) <= neighbours:
         raise ConfigError(f"{neighbours} neighbours need more images than {len(real)} and {len(fake)}.")
     real, fake = real.double(), fake.double()
@@ -59,6 +60,8 @@ class PrecisionRecallMetric(FeatureSetMetric):
     def __init__(self, extractor: torch.nn.Module, neighbours: int = 3, max_samples: int = 10_000,
                  seed: int = 0) -> None:
         super().__init__(extractor, max_samples, seed)
+        if neighbours < 1:
+            raise ConfigError(f"Precision and recall need at least one neighbour, not {neighbours}.")
         self.neighbours = neighbours
 
     def compute(self) -> PrecisionRecall:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from tests.shared import SHARED, needs_shared
 from vtc.errors import ConfigError, FileError, ImageError, ModelError
@@ -75,6 +75,55 @@ def test_streaming_equals_the_whole_and_processes_add_up():
     metrics[0].update_features(a, real=False)  # the cached result is forgotten
     expected = frechet_distance(feature_statistics(a), feature_statistics(torch.cat([b, a])))
     assert metrics[0].compute().item() == pytest.approx(expected, abs=1e-9)
+
+
+def half_of_the_clouds(rank: int, folder: str) -> None:
+    """What one of two processes does: torchmetrics joins the states when it computes."""
+    distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    metrics = {"frechet": FrechetDistance(Pixels()), "kernel": KernelInceptionDistance(Pixels())}
+    for real, cloud in zip((True, False), clouds(), strict=True):
+        for metric in metrics.values():
+            metric.update_features(cloud[rank::2], real)
+    torch.save({name: metric.compute() for name, metric in metrics.items()}, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not distributed.is_available() or not distributed.is_gloo_available(),
+                    reason="needs torch with gloo")
+def test_two_processes_compute_what_one_does(tmp_path):
+    multiprocessing.spawn(half_of_the_clouds, (str(tmp_path),), nprocs=2)
+    a, b = clouds()
+    expected = frechet_distance(feature_statistics(a), feature_statistics(b))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert found["frechet"].item() == pytest.approx(expected, abs=1e-9)
+        assert found["kernel"].mean == pytest.approx(polynomial_mmd(a.float(), b.float()), rel=1e-9)
+
+
+def test_features_of_another_form_are_refused(tmp_path):
+    a = clouds()[0]
+    for function in (polynomial_mmd, kernel_distance, precision_recall):
+        with pytest.raises(ConfigError, match="come as"):
+            function(a, a[:, :3])
+        with pytest.raises(ConfigError, match="not all finite"):
+            function(a, a * torch.nan)
+    with pytest.raises(ConfigError, match="not finite"):
+        frechet_distance(feature_statistics(a * torch.inf), feature_statistics(a))
+    for metric in (FrechetDistance(Pixels()), KernelInceptionDistance(Pixels())):
+        with pytest.raises(ConfigError, match="has 6 features"):
+            metric.update_features(a[:, :3], real=True)
+        with pytest.raises(ImageError, match="not finite"):
+            metric.update_features(a * torch.nan, real=True)
+        with pytest.raises(ImageError, match="torch tensors, not as ndarray"):
+            metric.update(np.zeros((1, 3, 4, 4)), real=True)
+    with pytest.raises(FileError, match="does not exist"):
+        save_statistics(tmp_path / "none" / "a.npz", feature_statistics(a))
+    np.savez(tmp_path / "nan.npz", mu=np.full(3, np.nan), sigma=np.eye(3))
+    with pytest.raises(FileError, match="not finite"):
+        load_statistics(tmp_path / "nan.npz")
+    with pytest.raises(ConfigError, match="at least one neighbour"):
+        PrecisionRecallMetric(Pixels(), neighbours=0)
 
 
 def test_reference_statistics_go_through_a_file(tmp_path):

@@ -89,3 +89,7 @@ def test_sizes_and_forms_are_checked():
         glcm_score(pixels, form="entropy")
     with pytest.raises(ImageError, match="levels below 64"):
         glcm_patch_scores(np.full((64, 64), 64, np.uint8))
+    with pytest.raises(ImageError, match=r"levels \(H, W\)"):
+        glcm_patch_scores(pixels // 4)
+    with pytest.raises(ImageError, match="uint8"):
+        jpeg_bytes(pixels.astype(float))
