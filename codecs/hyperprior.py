@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtc.codecs.prior import BYTE, EXACT, TOTAL, Layer
+from vtc.codecs.prior import BYTE, EXACT, TOTAL, Layer, exact_place
 from vtc.errors import BitstreamError, ConfigError, ModelError
 from vtc.hub import fingerprint
 from vtc.torchvision_guard import ensure_torchvision_imports
@@ -95,15 +95,15 @@ class WholeSynthesis(nn.Module):
     @torch.no_grad()
     def forward(self, symbols: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
         """See `Synthesis`."""
-        device = symbols.device
-        dtype = torch.float32 if device.type == "cpu" else torch.float64  # a GPU might add in fewer bits
+        device, dtype = exact_place(symbols.device)
         layers = [layer.to(device, dtype) for layer in self.layers()]
         with torch.autocast(device.type, enabled=False):
-            maps = [self._map(layers, s.to(dtype).clamp(-BYTE, BYTE), int(q))
+            maps = [self._map(layers, s.to(device, dtype).clamp(-BYTE, BYTE), int(q))
                     for s, q in zip(symbols, quality, strict=True)]
         means, scales = torch.stack(maps).split(self.channels, 1)
         numbers = torch.floor((scales + 1) / 2 ** (OUTPUT_BITS - SCALE_BITS)) + MIDDLE_SCALE
-        return (means / 2**OUTPUT_BITS).float(), numbers.clamp(0, SCALES - 1).float()
+        means, numbers = means / 2**OUTPUT_BITS, numbers.clamp(0, SCALES - 1)
+        return means.float().to(symbols.device), numbers.float().to(symbols.device)
 
     @staticmethod
     def _map(layers: list[Layer], x: Tensor, quality: int) -> Tensor:

@@ -109,20 +109,28 @@ class Layer:
         return out
 
 
+def exact_place(device: str | torch.device) -> tuple[torch.device, torch.dtype]:
+    """The device and the type in which sums below 2^24 are exact: float32 on the CPU; float64 on CUDA, which might add
+    in fewer bits than float32 has; for any other device the CPU, as Apple's and some of Intel's know no float64.
+    """
+    place = torch.device(device)
+    if place.type == "cuda":
+        return place, torch.float64
+    return torch.device("cpu"), torch.float32
+
+
 class TokenPrior:
     """Codes the token grids of the codebooks that it was trained for. No `nn.Module`: no cast of a model reaches it.
 
     tensors: of a prior's file, see docs/bitstream.md.
-    device: where the network runs; float32 on the CPU, float64 elsewhere, where a GPU might add in fewer bits. The
-        results are the same.
+    device: where the network runs, see `exact_place`. The results are the same.
 
     Raises ModelError where the tensors are not those of a prior or a sum might reach 2^24.
     """
 
     def __init__(self, tensors: dict[str, Tensor], device: str | torch.device = "cpu") -> None:
         self.fingerprint = fingerprint(tensors)
-        self.device = torch.device(device)
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.float64
+        self.device, self.dtype = exact_place(device)
         rest = dict(tensors)
         try:
             self.powers = rest.pop("powers").numpy().astype(np.int64)

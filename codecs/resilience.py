@@ -136,7 +136,7 @@ def fill_from_neighbours(indices: Indices, lost: NDArray[np.bool_], layout: Toke
         part = slice(start, start + rows * columns)
         start = part.stop
         for g in range(layout.groups):
-            if g == 0 or (lost[part, g] != lost[part, g - 1]).any():  # mostly all groups of a position are lost together
+            if g == 0 or (lost[part, g] != lost[part, g - 1]).any():  # mostly a position is lost with all its groups
                 source = _nearest(lost[part, g].reshape(rows, columns)).reshape(-1)
             out[part, g] = np.where(source < 0, likeliest[part, g], out[part, g][source])
     return out

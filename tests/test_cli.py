@@ -167,6 +167,14 @@ def test_info_needs_no_model(here: Path, run: Say, monkeypatch: pytest.MonkeyPat
     assert tree(here) == ["a.png", "a.vtc", "b.vtc"]
 
 
+def test_continuous_latents_are_described_but_not_drawn(here: Path, run: Say) -> None:
+    golden = json.loads((Path(__file__).parent / "golden" / "latents_v1.json").read_text())
+    Path("l.vtc").write_bytes(bytes.fromhex(golden[0]["stream"]))
+    assert json.loads(run("decode", "--info", "l.vtc", "--json").out)["coder"] == "latents"
+    failed(run("decode", "l.vtc"), "l.vtc: The stream holds continuous latents", "vtc.LatentCodec")
+    assert tree(here) == ["a.png", "l.vtc"]
+
+
 def test_a_folder_as_model(here: Path, run: Say, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("encode", "a.png", "--model", models / "other").code == 0
     failed(run("decode", "a.vtc"), "a.vtc: The stream was made with a model of its own", "--model")
@@ -403,8 +411,8 @@ def _hear_interrupts() -> None:
                                               (signal.SIGTERM, ["pipe", "a.png", "-o", "out", "-j", "2"])])
 def test_stopping_leaves_no_partial_file(number: int, argv: list[str], here: Path, models: Path) -> None:
     os.mkfifo("pipe")
-    process = subprocess.Popen(command_line(models, "encode", *argv, "--quiet"), stderr=subprocess.PIPE, env=ENVIRONMENT,
-                               preexec_fn=_hear_interrupts)
+    process = subprocess.Popen(command_line(models, "encode", *argv, "--quiet"), stderr=subprocess.PIPE,
+                               env=ENVIRONMENT, preexec_fn=_hear_interrupts)
     writer = None
     while writer is None and process.poll() is None:
         try:

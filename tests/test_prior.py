@@ -292,6 +292,14 @@ def test_a_gpu_gives_the_same_bytes():
     assert (on_gpu.decode(payload, (32, 48), 64) == indices).all()
 
 
+@pytest.mark.parametrize("device", ["mps", "xpu:0"])
+def test_where_float64_may_be_missing_the_prior_stays_on_the_cpu(device):
+    indices = smooth((9, 7), 64)
+    there = TokenPrior(tensors_of(network()), device)
+    assert (there.device.type, there.dtype) == ("cpu", torch.float32)
+    assert there.encode(indices, (9, 7), 64) == prior().encode(indices, (9, 7), 64)
+
+
 def test_float64_gives_the_same_bytes():
     """What runs on a GPU, on the CPU."""
     indices, there = smooth((20, 30), 64), TokenPrior(tensors_of(network()))

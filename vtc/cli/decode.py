@@ -132,6 +132,9 @@ def _decoder(args: argparse.Namespace, format: str, jobs: int) -> Callable[[Task
     def work(task: Task) -> Made:
         stream = task.read()
         header = chunks.read(stream, MAX_PIXELS)
+        if header.coder == Coder.LATENTS:
+            raise ModelError("The stream holds continuous latents, not tokens: decode it in Python, with the "
+                             "vtc.LatentCodec that made it.")
         start = time.perf_counter()
         if model:
             codec = codec_for(model, size_of(model, header.fingerprint, header.coder == Coder.PRIOR))

@@ -194,6 +194,7 @@ class Shard:
             self._tar.close()
             self._file.flush()
             os.fsync(self._file.fileno())
+            self._let_go()
             os.replace(self.path, os.path.realpath(self.target))
             self._file.close()
             if self.source is not None:
@@ -205,10 +206,18 @@ class Shard:
     def fail(self) -> None:
         """Give up: nothing is left."""
         self.failed = True
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # what was to be flushed does not matter any more
+            self._let_go()
+        with suppress(OSError):  # what made it fail is said, and not this
+            self.path.unlink(missing_ok=True)
         if self.source is not None:
             self.source.close()
-        with suppress(OSError):  # what was to be flushed does not matter any more
+        with suppress(OSError):
+            self._file.close()
+
+    def _let_go(self) -> None:
+        """Windows renames and removes no open file; elsewhere it is open, and locked, until it has its name."""
+        if sys.platform == "win32":
             self._file.close()
 
 
@@ -237,6 +246,9 @@ def _remove(path: Path, target: str) -> None:
     """What a run with other settings left; not while that run goes on."""
     with open(path, "r+b") as file:
         _lock(file, target)
+        if sys.platform != "win32":
+            path.unlink()
+    if sys.platform == "win32":  # where no open file can be removed
         path.unlink()
 
 
