@@ -241,10 +241,10 @@ def context_entropy(sequences: Sequence[NDArray], vocab: int, offsets: Offsets, 
     test = set(held_out)
     if test and len(test) < len(sequences):
         for i, corpus in enumerate((sequences, baseline)):
-            sides = [windows([s for n, s in enumerate(corpus) if (n in test) == wanted], offsets)
-                     for wanted in (False, True)]
-            if all(map(len, sides)):
-                tested[i] = held_out_bits(*sides, vocab)
+            train, tests = (windows([s for n, s in enumerate(corpus) if (n in test) == wanted], offsets)
+                            for wanted in (False, True))
+            if len(train) and len(tests):
+                tested[i] = held_out_bits(train, tests, vocab)
     return ContextEntropy(
         tuple((int(r), int(c)) for r, c in offsets), len(found), joint.words, joint.coverage, joint.plugin,
         _without_sign(joint.plugin - context.plugin), joint.grassberger - context.grassberger,

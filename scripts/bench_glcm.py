@@ -46,8 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("bench_glcm: numba is not installed: pip install vtc[eval]", file=sys.stderr)
         return 1
     try:
-        if args.threads < 1 or args.threads > numba.config.NUMBA_NUM_THREADS:
-            raise ConfigError(f"numba may use 1 to {numba.config.NUMBA_NUM_THREADS} threads here, not {args.threads}.")
+        most = numba.get_num_threads()
+        if not 1 <= args.threads <= most:
+            raise ConfigError(f"numba may use 1 to {most} threads here, not {args.threads}.")
         numba.set_num_threads(args.threads)
         rows = [measure(name, levels, args) for name, levels in pictures(args.size, args.images).items()]
     except VtcError as error:

@@ -98,18 +98,20 @@ def report(args: argparse.Namespace) -> None:
 
 
 def encoded(name: str, folder: Path, model: str) -> Corpus:
-    """The tokens of a folder's pictures; of a model with several groups, of the first."""
+    """The tokens of a folder's pictures; of several groups the first, of several scales the last and largest."""
     import torch
 
     files = image_files(folder)
     if not files:
         raise FileError(f"There are no pictures in {folder}.")
     tokenizer = load_tokenizer(model)
-    vocab = tokenizer.spec.vocab[0]
+    documents = []
     with torch.inference_mode():
-        grids = [tokenizer.encode(to_tensor(load_image(file).pixels)[None])[0] for file in tqdm(files, unit="image")]
-    documents = [grid[..., 0] if grid.ndim == 3 else grid for grid in (g.numpy() for g in grids)]
-    return Corpus(name, vocab, documents, f"{len(files)} pictures, {model}")
+        for file in tqdm(files, unit="image"):
+            tokens = tokenizer.encode(to_tensor(load_image(file).pixels)[None])
+            rows, columns = tokens.layout.scales[-1]
+            documents.append(tokens.indices[0, -rows * columns :, 0].reshape(rows, columns).numpy())
+    return Corpus(name, tokens.layout.vocab[0], documents, f"{len(files)} pictures, {model}")
 
 
 def from_grids(name: str, file: Path, size: int | None) -> Corpus:
@@ -266,7 +268,7 @@ def draw(folder: Path, found: dict[str, TokenStatistics]) -> None:
     plt.close(figure)
 
 
-def ranks(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def ranks(axis, found, colours) -> None:
     for name, s in found.items():
         frequency = np.array(s.rank_frequency) / s.tokens
         rank = np.arange(1, len(frequency) + 1)
@@ -279,7 +281,7 @@ def ranks(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
              ylim=(min(1 / s.tokens for s in found.values()) / 2, 1))
 
 
-def growth(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def growth(axis, found, colours) -> None:
     for name, s in found.items():
         if s.growth:
             axis.fill_between(s.growth.tokens, s.growth.low, s.growth.high, color=colours[name], alpha=0.2, lw=0)
@@ -288,7 +290,7 @@ def growth(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
     axis.set(title="growth of the vocabulary (dotted: independent tokens)", xlabel="tokens", ylabel="different words")
 
 
-def n_grams(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def n_grams(axis, found, colours) -> None:
     for name, s in found.items():
         order = np.arange(1, len(s.n_grams) + 1)
         axis.plot(order, [g.conditional for g in s.n_grams], color=colours[name], lw=1.4, marker=".")
@@ -299,7 +301,7 @@ def n_grams(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
              xlabel="order of the n-gram", ylabel="bit", xticks=[1, 2, 3, 4], ylim=(0, None))
 
 
-def distances(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def distances(axis, found, colours) -> None:
     for name, s in found.items():
         for across, mark in ((True, "o-"), (False, "s--")):
             points = [(max(n.rows, n.columns), n.information - n.shuffled) for n in s.neighbours
@@ -312,7 +314,7 @@ def distances(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
     axis.minorticks_off()
 
 
-def correlations(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def correlations(axis, found, colours) -> None:
     for name, s in found.items():
         if not s.cooccurrence:
             continue
@@ -324,7 +326,7 @@ def correlations(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
              ylabel="singular value", ylim=(0, 1))
 
 
-def digits(axis, found, colours) -> None:  # type: ignore[no-untyped-def]
+def digits(axis, found, colours) -> None:
     places = np.arange(1, 10)
     for n, (name, s) in enumerate(found.items()):
         shift = 0.8 * ((n + 0.5) / len(found) - 0.5)

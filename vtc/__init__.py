@@ -172,6 +172,8 @@ _MODULE_OF = {
     "text_fidelity": "vtc.eval.text_fidelity",
     "TextFidelity": "vtc.eval.text_fidelity",
     "tiling_error": "vtc.eval.scale_consistency",
+    "token_statistics": "vtc.eval.token_statistics",
+    "TokenStatistics": "vtc.eval.token_statistics",
     "WaveletBandEnergies": "vtc.eval.wavelet_bands",
     # generators
     "AdaptiveHeads": "vtc.generators.kv_cache.wrappers",
@@ -276,6 +278,8 @@ if TYPE_CHECKING:
     from vtc.eval.suite import Suite as Suite
     from vtc.eval.text_fidelity import TextFidelity as TextFidelity
     from vtc.eval.text_fidelity import text_fidelity as text_fidelity
+    from vtc.eval.token_statistics import TokenStatistics as TokenStatistics
+    from vtc.eval.token_statistics import token_statistics as token_statistics
     from vtc.eval.wavelet_bands import WaveletBandEnergies as WaveletBandEnergies
     from vtc.eval.wavelet_bands import band_energies as band_energies
     from vtc.eval.wavelet_bands import haar_bands as haar_bands
