@@ -39,18 +39,23 @@ class CompressAIForm:
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> dict[str, Tensor | dict[str, Tensor]]:
-        """Images as they will be decoded, and the probability of each token under the static tables, in float64.
+        """Images as they will be decoded, and the probability of each token in float64: under the learned prior or the
+        static tables, whichever gives an image fewer bits; without either, every word is equally likely.
 
-        Without tables every word is equally likely. The sum of -log2 is what streams need but for the container and
-        about three bytes; the learned prior needs less.
+        The sum of -log2 is what streams need but for the container and about three bytes.
         """
         tokens = encode_tiled(self.codec.tokenizer, x)
-        layout, tables = tokens.layout, self.codec.tables
-        likelihoods = np.broadcast_to(1 / np.array(layout.vocab, dtype=np.float64), tuple(tokens.indices.shape)).copy()
+        layout, tables, prior = tokens.layout, self.codec.tables, self.codec.prior_for(tokens.layout)
+        indices = tokens.indices.cpu().numpy()
+        likelihoods = np.broadcast_to(1 / np.array(layout.vocab, dtype=np.float64), indices.shape).copy()
         if tables is not None:
-            indices = tokens.indices.cpu().numpy()
             for where, group, row in tables.runs(layout):
                 likelihoods[:, where, group] = (row / row.sum())[indices[:, where, group]]
+        if prior is not None:
+            for own, found in zip(indices, likelihoods, strict=True):
+                learned = prior.probabilities(own[:, 0], layout.scales[0], layout.vocab[0])[:, None]
+                if np.log2(learned).sum() > np.log2(found).sum():
+                    found[:] = learned
         return {"x_hat": decode_tiled(self.codec.tokenizer, tokens),
                 "likelihoods": {"y": torch.from_numpy(likelihoods).to(x.device)}}
 

@@ -281,15 +281,19 @@ class TokenPrior:
             indices[positions] = coder.decode(cumulative)
         return indices
 
-    def ideal_bits(self, indices: Indices, grid: tuple[int, int], codebook: int) -> float:
-        """The information of `indices` (L,) under the prior's frequencies: what no coder can go below on average."""
+    def probabilities(self, indices: Indices, grid: tuple[int, int], codebook: int) -> NDArray[np.float64]:
+        """What the prior's frequencies give each of `indices` (L,), row by row."""
         self._check_codebook(codebook)
-        bits = 0.0
+        out = np.empty(len(indices))
         for cumulative, positions in self._parts(indices, grid, codebook):
             words = indices[positions, None]
             shares = np.take_along_axis(cumulative, words + 1, 1) - np.take_along_axis(cumulative, words, 1)
-            bits += float((PRECISION - np.log2(shares)).sum())
-        return bits
+            out[positions] = shares[:, 0] / 2**PRECISION
+        return out
+
+    def ideal_bits(self, indices: Indices, grid: tuple[int, int], codebook: int) -> float:
+        """The information of `indices` (L,) under the prior's frequencies: what no coder can go below on average."""
+        return -float(np.log2(self.probabilities(indices, grid, codebook)).sum())
 
     def _check_codebook(self, codebook: int) -> None:
         if codebook not in self.sizes:

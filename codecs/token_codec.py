@@ -43,6 +43,9 @@ class Prior(Protocol):
     def decode(self, payload: bytes, grid: tuple[int, int], codebook: int) -> Indices:
         """A payload to indices (L,)."""
 
+    def probabilities(self, indices: Indices, grid: tuple[int, int], codebook: int) -> NDArray[np.float64]:
+        """Of each of the indices (L,), as they are coded."""
+
 
 class Concealer(Protocol):
     """Guesses lost tokens of one grid from those around them: `vtc.codecs.concealer.Concealer`.
@@ -274,8 +277,9 @@ class TokenCodec:
             return ChunkedContainer(tokens.height, tokens.width, layout.scales, layout.groups, coder,
                                     self.tokenizer.model_id, self.fingerprint, division, payloads).to_bytes()
         coder, payload = entropy.encode(indices, layout, self.tables)
-        if self.prior is not None and _is_one_grid(layout) and layout.vocab[0] in self.prior.sizes:
-            learned = self.prior.encode(indices[:, 0], layout.scales[0], layout.vocab[0])
+        prior = self.prior_for(layout)
+        if prior is not None:
+            learned = prior.encode(indices[:, 0], layout.scales[0], layout.vocab[0])
             if len(learned) < len(payload):
                 coder, payload = Coder.PRIOR, learned
         return Container(tokens.height, tokens.width, layout.scales, layout.groups, coder, payload,
@@ -318,9 +322,15 @@ class TokenCodec:
     def _decode(self, parsed: Container, layout: TokenLayout) -> Indices:
         if parsed.coder != Coder.PRIOR:
             return entropy.decode(parsed.coder, parsed.payload, layout, self.tables)
-        if self.prior is None or not _is_one_grid(layout) or layout.vocab[0] not in self.prior.sizes:
+        prior = self.prior_for(layout)
+        if prior is None:
             raise ModelError("The stream is coded with a learned prior, which does not know this model's tokens.")
-        return self.prior.decode(parsed.payload, layout.scales[0], layout.vocab[0])[:, None]
+        return prior.decode(parsed.payload, layout.scales[0], layout.vocab[0])[:, None]
+
+    def prior_for(self, layout: TokenLayout) -> Prior | None:
+        """The prior, where it knows such tokens."""
+        knows = self.prior is not None and _is_one_grid(layout) and layout.vocab[0] in self.prior.sizes
+        return self.prior if knows else None
 
     def _stages(self, missing: NDArray[np.bool_], layout: TokenLayout, division: Division) -> int:
         if division.by != self.tokenizer.stages:

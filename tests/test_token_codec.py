@@ -130,6 +130,9 @@ class LeftNeighbour:
     def decode(self, payload, grid, codebook):
         return np.cumsum(np.frombuffer(zlib.decompress(payload), dtype=np.uint8).astype(np.int64)) % codebook
 
+    def probabilities(self, indices, grid, codebook):
+        return np.full(len(indices), 1 / codebook)
+
 
 def with_prior(prior: LeftNeighbour) -> TokenCodec:
     return TokenCodec(TinyGrid(), prior=prior)
