@@ -42,7 +42,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)).
 
     Where a cloud has fewer vectors than dimensions the zero eigenvalues are known to rounding only, and so is the
-    distance: to about 1e-8 of the traces. Two eigenvalue decompositions: 2048 dimensions take some 3 s on one core.
+    distance: to about 1e-8 of the traces. One Cholesky factor and the eigenvalues of one matrix.
 
     >>> mean, covariance = torch.zeros(2).double(), torch.eye(2).double()
     >>> frechet_distance(FeatureStatistics(mean, covariance, 9), FeatureStatistics(mean + 1, 4 * covariance, 9))
@@ -52,12 +52,20 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
         raise ConfigError(f"The clouds have {a.mean.numel()} and {b.mean.numel()} dimensions.")
     if not all(torch.isfinite(part).all() for part in (a.mean, b.mean, a.covariance, b.covariance)):
         raise ConfigError("The features' statistics are not finite.")
-    values, vectors = torch.linalg.eigh(a.covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ b.covariance @ root
+    factor = _factor(a.covariance)
+    product = factor.T @ b.covariance @ factor  # its eigenvalues are those of the covariances' product
     spectrum = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
     difference = (a.mean - b.mean).square().sum()
     return float(difference + a.covariance.trace() + b.covariance.trace() - 2 * spectrum.sqrt().sum())
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """A with A A^T = covariance: Cholesky's where no direction is all but flat, else from the eigenvectors."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed and factor.diagonal().square().min() > 1e-10 * covariance.diagonal().max():
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def load_statistics(path: str | Path) -> FeatureStatistics:
