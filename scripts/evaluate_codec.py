@@ -242,7 +242,8 @@ def describe(name: str, tokenizer: Tokenizer, codec: TokenCodec) -> dict[str, ob
     return {"name": Path(name).name, "class": type(tokenizer).__name__, "fingerprint": codec.fingerprint.hex(),
             "model_id": tokenizer.model_id, "downsample": tokenizer.downsample,
             "vocab": tokenizer.layout(64, 64).vocab,
-            "prior": codec.prior.fingerprint.hex() if codec.prior else None, "parameters": sum(p.numel() for p in tokenizer.parameters())}
+            "prior": codec.prior.fingerprint.hex() if codec.prior else None,
+            "parameters": sum(p.numel() for p in tokenizer.parameters())}
 
 
 def means(rows: list[Row], judge: Judge) -> dict[str, dict[str, float | int | None]]:

@@ -81,7 +81,8 @@ def half_of_the_clouds(rank: int, folder: str) -> None:
     """What one of two processes does: torchmetrics joins the states when it computes."""
     distributed.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    metrics = {"frechet": FrechetDistance(Pixels()), "kernel": KernelInceptionDistance(Pixels())}
+    metrics: dict[str, FrechetDistance | KernelInceptionDistance] = {
+        "frechet": FrechetDistance(Pixels()), "kernel": KernelInceptionDistance(Pixels())}
     for real, cloud in zip((True, False), clouds(), strict=True):
         for metric in metrics.values():
             metric.update_features(cloud[rank::2], real)
