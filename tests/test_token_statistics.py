@@ -344,7 +344,7 @@ def test_the_script_compares_grids_with_a_text(tmp_path, capsys):
     assert shown == (tmp_path / "out" / "statistics.md").read_text() + "\n"
     assert shown.startswith("| | pictures | pictures (180) | text, words | text, characters |")
     corpora = json.loads((tmp_path / "out" / "statistics.json").read_text())["corpora"]
-    assert corpora["text, words"]["used"] == 13  # it's the th text and it is same as others, words of a docstring
+    assert corpora["text, words"]["used"] == 14  # it's the th text and it is same as others; words of a docstring
     assert corpora["pictures"]["tokens"] == 240 and corpora["pictures (180)"]["tokens"] == 180
     assert (tmp_path / "out" / "figure.svg").read_bytes().startswith(b"<?xml")
     assert script.main([*arguments[:3], "--size", "32"]) == 1
