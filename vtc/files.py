@@ -7,8 +7,12 @@ import secrets
 import stat
 import sys
 from pathlib import Path
+from typing import IO
 
 from vtc.errors import FileError
+
+if sys.platform != "win32":
+    import fcntl
 
 #: no picture or stream that vtc accepts is larger; stops an endless pipe
 MAX_FILE_BYTES = 2**30
@@ -88,3 +92,16 @@ def write_file(path: str | Path, data: bytes) -> None:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path} cannot be written: {reason(error)}.") from error
+
+
+def lock(file: IO[bytes], target: str) -> None:
+    """Keep an open file to this process until it is closed. FileError where another one has it for `target`."""
+    if sys.platform == "win32":  # two processes at one file are not told
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise FileError(f"{target} is being written by another process.") from None
+    except OSError:  # a file system without locks
+        pass

@@ -25,10 +25,7 @@ from typing import IO
 from vtc.cli.items import Item, Made, make_folder, stage_name
 from vtc.cli.plan import Task
 from vtc.errors import FileError, VtcError, first_sentence
-from vtc.files import MAX_FILE_BYTES, reason
-
-if sys.platform != "win32":
-    import fcntl
+from vtc.files import MAX_FILE_BYTES, lock, reason
 
 BLOCK = tarfile.BLOCKSIZE
 
@@ -144,7 +141,7 @@ class Shard:
             self._file = open(self.path, "r+b" if self.path.exists() else "x+b")  # noqa: SIM115  # closed by the end
         except OSError as error:
             raise _unwritable(target, error) from error
-        _lock(self._file, target)
+        lock(self._file, target)
         self._end = 0
         for name, start, end in _whole_members(self._file):
             self._done.append((name, start, end))
@@ -230,22 +227,10 @@ def _unwritable(target: str, error: Exception) -> FileError:
                      f"{reason(error) if isinstance(error, OSError) else first_sentence(error)}.")
 
 
-def _lock(file: IO[bytes], target: str) -> None:
-    if sys.platform == "win32":  # two processes at one shard are not told
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FileError(f"{target} is being written by another process.") from None
-    except OSError:  # a file system without locks
-        pass
-
-
 def _remove(path: Path, target: str) -> None:
     """What a run with other settings left; not while that run goes on."""
     with open(path, "r+b") as file:
-        _lock(file, target)
+        lock(file, target)
         if sys.platform != "win32":
             path.unlink()
     if sys.platform == "win32":  # where no open file can be removed
