@@ -153,11 +153,17 @@ class VAR(nn.Module, PretrainedMixin):
     def forward(self, labels: Tensor, codes: Tensor) -> Tensor:
         """Teacher forcing, all scales at once: (B, L, V) logits.
 
-        labels: (B,) int64. codes: (B, L - first scale, d), a quantizer's `teacher_inputs`.
+        labels: (B,) int64. codes: (B, L - first scale, d), a quantizer's `teacher_inputs`; those of the first scales
+        alone give the same logits of these scales, for no scale sees a later one.
         """
-        later = codes.split([s * s for s in self.sides[1:]], 1)
-        x = torch.cat([self.embed_step(None if i == 0 else later[i - 1], labels, i) for i in range(len(self.sides))], 1)
-        step = torch.repeat_interleave(torch.tensor([s * s for s in self.sides], device=x.device))
+        sizes = [s * s for s in self.sides]
+        ends = [sum(sizes[1 : i + 1]) for i in range(len(sizes))]
+        if codes.shape[1] not in ends:
+            raise ConfigError(f"{codes.shape[1]} codes are not those of whole scales; the later ones have {sizes[1:]}.")
+        count = ends.index(codes.shape[1]) + 1
+        later = codes.split(sizes[1:count], 1)
+        x = torch.cat([self.embed_step(None if i == 0 else later[i - 1], labels, i) for i in range(count)], 1)
+        step = torch.repeat_interleave(torch.tensor(sizes[:count], device=x.device))
         return self.logits(x, self.modulation(labels), dense_attention(step[:, None] >= step))
 
     def step(self, codes: Tensor | None, labels: Tensor, modulation: Modulation, cache: KVCache, step: int) -> Tensor:

@@ -9,6 +9,7 @@ TOKENIZER_CLASSES = {
     "WeTok": "vtc.tokenizers.wetok",
     "OpenMAGVIT2": "vtc.tokenizers.open_magvit2",
     "VARVQVAE": "vtc.tokenizers.var_vqvae",
+    "PyramidVQ": "vtc.tokenizers.pyramid_vq",
     "InfinityVAE": "vtc.tokenizers.infinity_vae",
     "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
 }

@@ -140,6 +140,18 @@ class MultiScaleResidualQuantizer(MultiScaleQuantizer):
         return resize_area(total, size)
 
     @torch.no_grad()
+    def residuals(self, z: Tensor, scales: Sequence[Scale] | None = None) -> Tensor:
+        """The vectors for which words are looked up in a map, scale after scale: (B, d, H, W) to (B, L, d)."""
+        steps = self.grids_of(scales)
+        self.check_map(z, steps)
+        rest, found = z.float(), []
+        for number, size in enumerate(steps):
+            small = resize_area(rest, size)
+            found.append(small.flatten(2).transpose(1, 2))
+            rest = rest - self.step(self.nearest(small), number, steps)
+        return torch.cat(found, 1)
+
+    @torch.no_grad()
     def start_from(self, latents: Tensor, generator: torch.Generator | None = None) -> None:
         """Set the codebook to the K-means centres of (N, d) vectors, such as latents and their area means."""
         found = kmeans(latents.float(), self.codebook_size, start="random", iterations=10, generator=generator)

@@ -101,6 +101,7 @@ _MODULE_OF = {
     "VAR_256": "vtc.tokenizers.multi_scale_residual",
     "VAR_512": "vtc.tokenizers.multi_scale_residual",
     "VARVQVAE": "vtc.tokenizers.var_vqvae",
+    "PyramidVQ": "vtc.tokenizers.pyramid_vq",
     "VQGAN": "vtc.tokenizers.vqgan",
     "warm_up": "vtc.tokenizers.losses",
     "WaveletBands": "vtc.tokenizers.wavelets",
@@ -364,6 +365,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.open_magvit2 import OpenMAGVIT2 as OpenMAGVIT2
     from vtc.tokenizers.patch_vae import PatchVAE as PatchVAE
     from vtc.tokenizers.product_quantizer import ProductQuantizer as ProductQuantizer
+    from vtc.tokenizers.pyramid_vq import PyramidVQ as PyramidVQ
     from vtc.tokenizers.quantizer import Quantizer as Quantizer
     from vtc.tokenizers.residual_quantizer import ResidualQuantizer as ResidualQuantizer
     from vtc.tokenizers.scale_consistent_vae import DecodedWithFeatures as DecodedWithFeatures
