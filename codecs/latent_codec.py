@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtc.codecs import container
-from vtc.codecs.container import Coder, Container, Reader, varint
+from vtc.codecs import chunks, container
+from vtc.codecs.container import Coder, Container, OutOfBytesError, Reader, varint
 from vtc.codecs.hyperprior import HYPER_STRIDE, Hyperprior
 from vtc.errors import BitstreamError, ConfigError, ImageError, ModelError
 from vtc.hub import PretrainedMixin, fingerprint, read_model
@@ -166,8 +166,8 @@ class LatentCodec(nn.Module, PretrainedMixin):
         return images[0]
 
     def _receive(self, stream: bytes) -> tuple[Tensor, Tensor, Tensor, Container]:
-        parsed = container.parse(stream, self.max_pixels)
-        if parsed.coder != Coder.LATENTS:
+        parsed = chunks.read(stream, self.max_pixels)
+        if isinstance(parsed, chunks.ChunkedContainer) or parsed.coder != Coder.LATENTS:
             raise BitstreamError("The stream holds tokens, not latents: decode it with TokenCodec.")
         if parsed.fingerprint != self.fingerprint():
             raise ModelError(f"The stream was made with another model: its fingerprint is {parsed.fingerprint.hex()}, "
@@ -178,10 +178,14 @@ class LatentCodec(nn.Module, PretrainedMixin):
                              f"{parsed.width}x{parsed.height} pixels.")
         self._check_room(parsed.height, parsed.width)
         reader = Reader(parsed.payload)
-        quality, length = reader.varint(), reader.varint()
+        try:
+            quality, length = reader.varint(), reader.varint()
+            z = bytes(reader.take(length))
+        except OutOfBytesError:
+            raise BitstreamError(f"The stream's {len(parsed.payload)} bytes of latents end before those that it says "
+                                 "it has.") from None
         if quality >= self.hyperprior.qualities:
             raise BitstreamError(f"The stream has quality {quality}, and the model has {self.hyperprior.qualities}.")
-        z = bytes(reader.take(length))
         y = parsed.payload[reader.position :]
         shape = tuple(-(-n // HYPER_STRIDE) for n in scales[0])
         return *self.hyperprior.decompress_symbols([[y], [z]], shape, quality), parsed

@@ -333,7 +333,12 @@ def test_other_models_and_other_streams_are_refused(codec):
     tokens = TokenCodec(TinyGrid())
     with pytest.raises(BitstreamError, match="holds tokens, not latents"):
         codec.decode_streams(tokens.compress(picture(32, 32)))
+    with pytest.raises(BitstreamError, match="holds tokens, not latents"):  # in chunks, too
+        codec.decode_streams(TokenCodec(TinyGrid()).compress(picture(32, 32), resilience=2))
     parsed = container.parse(stream)
+    cut = Container(32, 32, parsed.scales, parsed.groups, Coder.LATENTS, parsed.payload[:5], 0, parsed.fingerprint)
+    with pytest.raises(BitstreamError, match="5 bytes of latents end before"):
+        codec.decode_streams([cut.to_bytes()])
     own = Container(32, 32, ((2, 2),), 1, Coder.LATENTS, parsed.payload, 0, tokens.fingerprint).to_bytes()
     with pytest.raises(ModelError, match="continuous latents, not tokens"):
         tokens.decompress([own])
