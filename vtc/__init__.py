@@ -33,6 +33,7 @@ _MODULE_OF = {
     "load_image": "vtc.images",
     "save_image": "vtc.images",
     "load_codec": "vtc.models",
+    "load_generator": "vtc.models",
     "load_tokenizer": "vtc.models",
     # tokenizers
     "CodebookFamily": "vtc.tokenizers.codebook_clustering",
@@ -182,6 +183,7 @@ _MODULE_OF = {
     "Calibration": "vtc.generators.kv_cache.calibration",
     "Full": "vtc.generators.kv_cache.full",
     "generate_speculatively": "vtc.generators.speculative",
+    "GenerationConfig": "vtc.generators.pretrained",
     "Guidance": "vtc.generators.sampling",
     "H2O": "vtc.generators.kv_cache.h2o",
     "HACK": "vtc.generators.kv_cache.hack",
@@ -191,6 +193,7 @@ _MODULE_OF = {
     "KVPolicy": "vtc.generators.kv_cache.policy",
     "LlamaGen": "vtc.generators.llamagen",
     "load_generator_checkpoint": "vtc.generators.upstream",
+    "LoadedGenerator": "vtc.generators.pretrained",
     "MixedPrecision": "vtc.generators.kv_cache.storage",
     "PerLayer": "vtc.generators.kv_cache.wrappers",
     "PyramidKV": "vtc.generators.kv_cache.snapkv",
@@ -305,6 +308,8 @@ if TYPE_CHECKING:
     from vtc.generators.kv_cache.wrappers import AdaptiveHeads as AdaptiveHeads
     from vtc.generators.kv_cache.wrappers import PerLayer as PerLayer
     from vtc.generators.llamagen import LlamaGen as LlamaGen
+    from vtc.generators.pretrained import GenerationConfig as GenerationConfig
+    from vtc.generators.pretrained import LoadedGenerator as LoadedGenerator
     from vtc.generators.sampling import Guidance as Guidance
     from vtc.generators.sampling import Sampling as Sampling
     from vtc.generators.sampling import seeded as seeded
@@ -315,6 +320,7 @@ if TYPE_CHECKING:
     from vtc.images import load_image as load_image
     from vtc.images import save_image as save_image
     from vtc.models import load_codec as load_codec
+    from vtc.models import load_generator as load_generator
     from vtc.models import load_tokenizer as load_tokenizer
     from vtc.tokenizers.base import Latents as Latents
     from vtc.tokenizers.base import Quantized as Quantized

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePath
 from typing import Any, Self, cast
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -32,21 +33,58 @@ def bundled_names() -> list[str]:
     return sorted(p.parent.name for p in BUNDLED.glob(f"*/{CONFIG}"))
 
 
+def bundled_folder(name: str | Path) -> Path | None:
+    """The folder of a bundled name, or of a part of one ("var-tiny-128/tokenizer"); None where that is not one."""
+    plain = PurePath(name)
+    is_path = plain.is_absolute() or ".." in plain.parts or str(name).startswith((".", "~"))
+    return BUNDLED / plain if plain.parts and not is_path and (BUNDLED / plain).is_dir() else None
+
+
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """The folder of a bundled name, else the local one; None: neither."""
+    path = Path(name_or_path)
+    return bundled_folder(name_or_path) or (path if path.is_dir() else None)
+
+
 def fetch(name_or_path: str | Path, file: str) -> Path:
     """The local path of a model's file; downloads it where the name is a Hub repository.
 
     Raises ModelError where there is no such model, no such file in it, or no network.
     """
-    for folder in (BUNDLED / name_or_path, Path(name_or_path)):
-        if folder.is_dir():
-            if not (folder / file).is_file():
-                raise ModelError(f"The model folder {folder} has no {file}.")
-            return folder / file
+    if (folder := folder_of(name_or_path)) is not None:
+        if not (folder / file).is_file():
+            raise ModelError(f"The model folder {folder} has no {file}.")
+        return folder / file
     try:
         return Path(hf_hub_download(str(name_or_path), file))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(f"No model {str(name_or_path)!r}: not bundled ({', '.join(bundled_names()) or 'none'}), "
-                         f"not a folder, and the Hub gave no {file} ({type(error).__name__}).") from error
+    except _NOT_ON_THE_HUB as error:
+        raise _no_model(name_or_path, f"the Hub gave no {file} ({type(error).__name__})") from error
+
+
+def fetch_folder(name_or_path: str | Path, files: Sequence[str], allow_download: bool = True) -> Path:
+    """A model's folder, with sub-folders; downloads it where the name is a Hub repository.
+
+    files: patterns of what is downloaded; nothing else of a repository is. Raises ModelError as `fetch`.
+    """
+    folder = folder_of(name_or_path)
+    if folder is None and allow_download:
+        try:
+            folder = Path(snapshot_download(str(name_or_path), allow_patterns=list(files)))
+        except _NOT_ON_THE_HUB as error:
+            raise _no_model(name_or_path, f"the Hub gave none ({type(error).__name__})") from error
+    if folder is None:
+        raise _no_model(name_or_path, "the Hub was not asked")
+    if not (folder / CONFIG).is_file():
+        raise ModelError(f"The model folder {folder} has no {CONFIG}.")
+    return folder
+
+
+_NOT_ON_THE_HUB = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
+
+
+def _no_model(name_or_path: str | Path, hub: str) -> ModelError:
+    return ModelError(f"No model {str(name_or_path)!r}: not bundled ({', '.join(bundled_names()) or 'none'}), not a "
+                      f"folder, and {hub}.")
 
 
 class PretrainedMixin(PyTorchModelHubMixin):

@@ -11,15 +11,17 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vtc.errors import ModelError
+from vtc.errors import ConfigError, ModelError
+from vtc.generators.classes import CALIBRATION, DRAFT, GENERATION_CONFIG, GENERATOR_CLASSES, TOKENIZER
 from vtc.tokenizers.classes import TOKENIZER_CLASSES
 
 if TYPE_CHECKING:
     from vtc.codecs.concealer import Concealer
     from vtc.codecs.prior import TokenPrior
     from vtc.codecs.token_codec import TokenCodec
+    from vtc.generators.pretrained import LoadedGenerator
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
@@ -41,6 +43,7 @@ MODEL_IDS = {
 MEMBERS = {f"localvq-f16-2560-s{size}": ("localvq-f16-2560", size)
            for size in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
 DEFAULT_MODEL = "localvq-f16-2560"
+DEFAULT_GENERATOR = "var-tiny-128"
 
 
 class _Fingerprints(Mapping[str, str]):
@@ -95,22 +98,14 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: boo
             raise ModelError(f"The model {name!r} is a member of a family itself; choose another by its own name.")
         name, size = MEMBERS[name]
     bundled = name in MODEL_IDS
-    where = hub.BUNDLED / name if bundled else Path(name)
+    where = hub.BUNDLED / name if bundled else hub.folder_of(name) or Path(name)
     if bundled and not where.is_dir():
         raise ModelError(f"The model {name!r} belongs to vtc but is missing from this installation; install vtc again.")
     if not where.is_dir() and not allow_download:
-        raise ModelError(f"No model {name!r}: the bundled ones are {', '.join(hub.bundled_names()) or 'missing'}, "
+        known = [known for known in hub.bundled_names() if known in MODEL_IDS]
+        raise ModelError(f"No model {name!r}: the bundled ones are {', '.join(known) or 'missing'}, "
                          "and there is no such folder.")
-    try:
-        # Path("owner/name") spells a Hub repository as it was given, except on Windows.
-        config = json.loads(hub.fetch(where.as_posix(), hub.CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"The {hub.CONFIG} of the model {name!r} cannot be read: {error}.") from error
-    kind = config.get("class") if isinstance(config, dict) else None
-    if not isinstance(kind, str) or kind not in TOKENIZER_CLASSES:
-        raise ModelError(f"The model {name!r} is of class {kind!r}; the tokenizers that vtc knows are "
-                         f"{', '.join(TOKENIZER_CLASSES)}.")
-    tokenizer: Tokenizer = getattr(import_module(TOKENIZER_CLASSES[kind]), kind).from_pretrained(where.as_posix())
+    tokenizer: Tokenizer = _class_of(where, name, TOKENIZER_CLASSES, "tokenizers").from_pretrained(where.as_posix())
     if size is not None:
         from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
 
@@ -123,6 +118,51 @@ def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: boo
                              "install vtc again.")
         tokenizer.model_id = number
     return tokenizer
+
+
+def _class_of(where: Path, name: str, classes: Mapping[str, str], what: str) -> Any:
+    """The class that the config.json of a folder or repository names, out of a table. Raises ModelError."""
+    from vtc import hub
+
+    try:
+        # Path("owner/name") spells a Hub repository as it was given, except on Windows.
+        config = json.loads(hub.fetch(where.as_posix(), hub.CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"The {hub.CONFIG} of the model {name!r} cannot be read: {error}.") from error
+    kind = config.get("class") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in classes:
+        raise ModelError(f"The model {name!r} is of class {kind!r}; the {what} that vtc knows are "
+                         f"{', '.join(classes)}.")
+    return getattr(import_module(classes[kind]), kind)
+
+
+def load_generator(name_or_path: str | Path = DEFAULT_GENERATOR, allow_download: bool = True) -> LoadedGenerator:
+    """A generator with its tokenizer in eval mode, float32, on the CPU: a bundled name, a folder, or the Hub.
+
+    The folder is described in `vtc.generators.pretrained`. allow_download: False keeps away from the network.
+    Raises ModelError with one sentence where there is no such model, or it is damaged, or its parts do not fit.
+    """
+    from vtc import hub
+    from vtc.generators.pretrained import LoadedGenerator, read_config
+
+    name = str(name_or_path)
+    files = [hub.CONFIG, hub.WEIGHTS, GENERATION_CONFIG, CALIBRATION,
+             *(f"{part}/{file}" for part in (TOKENIZER, DRAFT) for file in (hub.CONFIG, hub.WEIGHTS))]
+    folder = hub.fetch_folder(name, files, allow_download)
+    model = _class_of(folder, name, GENERATOR_CLASSES, "generators").from_pretrained(folder.as_posix())
+    config = read_config(folder)
+    shared = config.tokenizer
+    if shared is not None and hub.bundled_folder(shared) is None:
+        raise ModelError(f"The model {name!r} says that its tokenizer is that of {shared!r}, which is not bundled.")
+    tokenizer = load_tokenizer(folder / TOKENIZER if shared is None else shared, allow_download=False)
+    draft = None
+    if (folder / DRAFT).is_dir():
+        draft = _class_of(folder / DRAFT, f"{name}/{DRAFT}", {"LlamaGen": GENERATOR_CLASSES["LlamaGen"]},
+                          "draft models").from_pretrained((folder / DRAFT).as_posix())
+    try:
+        return LoadedGenerator(model, tokenizer, config, draft, folder)
+    except ConfigError as error:
+        raise ModelError(f"The model {name!r} does not fit together: {error}") from error
 
 
 def family_of(name_or_path: str | Path = DEFAULT_MODEL) -> FamilyMembers | None:

@@ -1,0 +1,192 @@
+"""A generator as it lies on disk, and loaded: the model, and all that it needs to draw pictures.
+
+    NAME/  config.json, model.safetensors    the model, VAR, Infinity or LlamaGen, as its `save_pretrained` writes it
+           generation_config.json            how it draws unless told otherwise, and what its classes are called
+           tokenizer/                        config.json, model.safetensors: whose words it draws
+           kv.safetensors                    optional: a calibration, for the cache policies that need one
+           draft/                            optional: a smaller raster model, for speculative decoding
+
+    LoadedGenerator(model, tokenizer, GenerationConfig(names)).save("folder")      # after a training
+    generator = vtc.load_generator("folder")                                       # a bundled name, a folder, the Hub
+
+Keys are strict everywhere, and what one file says of another is checked when the folder is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from vtc.errors import ConfigError, ModelError, first_sentence
+from vtc.generators.classes import CALIBRATION, DRAFT, GENERATION_CONFIG, GENERATOR_CLASSES, TOKENIZER
+from vtc.generators.infinity import SCALES_OF_SIZE, Infinity
+from vtc.generators.kv_cache.calibration import Calibration
+from vtc.generators.llamagen import LlamaGen
+from vtc.generators.sampling import Guidance, Sampling
+from vtc.generators.var import VAR
+from vtc.tokenizers.base import Tokenizer
+from vtc.tokenizers.infinity_vae import InfinityVAE
+from vtc.tokenizers.layers import MultiScaleTokenizer
+
+Generator = VAR | Infinity | LlamaGen
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What generation_config.json holds.
+
+    class_names: one for each class, in order; () where they have none.
+    sampling, guidance: by default those that the model's authors published, of its kind.
+    tokenizer: the bundled model whose tokenizer it is, where the folder has none of its own.
+    text_encoder: of text-conditional models, a T5 encoder's folder or Hub name. size: of Infinity, see `scales_for`.
+    """
+
+    class_names: tuple[str, ...] = ()
+    sampling: Sampling | None = None
+    guidance: Guidance | None = None
+    tokenizer: str | None = None
+    text_encoder: str = "google/flan-t5-xl"
+    size: str = "1M"
+
+    def __post_init__(self) -> None:
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ConfigError("Two classes have the same name.")
+        if self.size not in SCALES_OF_SIZE:
+            raise ConfigError(f"A size is one of {', '.join(SCALES_OF_SIZE)}, not {self.size!r}.")
+
+    def to_json(self) -> str:
+        """The file's text; what is as by default is left out."""
+        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return json.dumps({k: asdict(v) if isinstance(v, Sampling | Guidance) else v for k, v in said.items()},
+                          indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Self:
+        """What `to_json` wrote. ValueError or TypeError, and ConfigError for numbers out of range."""
+        said = json.loads(text)
+        if not isinstance(said, dict):
+            raise ValueError("it is no object")
+        names, strings = said.get("class_names", []), [said[k] for k in ("tokenizer", "text_encoder", "size")
+                                                       if k in said]
+        if not isinstance(names, list) or not all(isinstance(s, str) for s in [*names, *strings]):
+            raise ValueError("a name in it is no text")
+        for key, kind in (("sampling", Sampling), ("guidance", Guidance)):
+            if key in said:
+                said[key] = kind(**said[key])
+        return cls(**said | {"class_names": tuple(names)})
+
+
+@dataclass
+class LoadedGenerator:
+    """A generator with its tokenizer, both in eval mode, and what else lies in its folder.
+
+    Raises ConfigError where the parts do not fit one another.
+    """
+
+    model: Generator
+    tokenizer: Tokenizer
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    draft: LlamaGen | None = None
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        model, names = self.model, self.config.class_names
+        if isinstance(model, LlamaGen):
+            model.check_tokenizer(self.tokenizer)
+        elif not isinstance(self.tokenizer, MultiScaleTokenizer if isinstance(model, VAR) else InfinityVAE):
+            raise ConfigError(f"{type(model).__name__} draws scales, and {type(self.tokenizer).__name__} has none that "
+                              "it could draw.")
+        elif isinstance(model, VAR):
+            model.check_tokenizer(self.tokenizer)
+        if names and (isinstance(model, Infinity) or len(names) != model.classes):
+            raise ConfigError(f"{len(names)} names do not fit a model of {getattr(model, 'classes', 'no')} classes.")
+        if self.draft is not None and not isinstance(model, LlamaGen):
+            raise ConfigError(f"A draft is for raster models; {type(model).__name__} draws whole scales.")
+
+    @property
+    def kind(self) -> str:
+        """'var', 'infinity' or 'llamagen'."""
+        return type(self.model).__name__.lower()
+
+    @property
+    def sampling(self) -> Sampling:
+        """How it draws unless told otherwise."""
+        return self.config.sampling or self._published("PUBLISHED_SAMPLING")
+
+    @property
+    def guidance(self) -> Guidance:
+        """How it is guided unless told otherwise."""
+        return self.config.guidance or self._published("PUBLISHED_GUIDANCE")
+
+    def _published(self, name: str) -> Any:
+        return getattr(import_module(GENERATOR_CLASSES[type(self.model).__name__]), name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    def label(self, name_or_number: str | int) -> int:
+        """The number of a class. ConfigError where there is no such class."""
+        if isinstance(self.model, Infinity):
+            raise ConfigError("This model draws from texts and has no classes.")
+        names, text = self.config.class_names, str(name_or_number)
+        if text in names:
+            return names.index(text)
+        lower = [n.lower() for n in names]
+        if lower.count(text.lower()) == 1:
+            return lower.index(text.lower())
+        if not text.isdecimal():
+            some = ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")
+            raise ConfigError(f"There is no class {text!r}: " + (f"the classes are {some}." if names else
+                              f"this model's have no names but the numbers 0 to {self.model.classes - 1}."))
+        if not int(text) < self.model.classes:
+            raise ConfigError(f"There is no class {text}: they go from 0 to {self.model.classes - 1}.")
+        return int(text)
+
+    def calibration(self, path: str | Path | None = None) -> Calibration | None:
+        """That of a file, or of the folder; None where it has none. FileError, ModelError. Float32 models only."""
+        if path is None:
+            path = self.folder / CALIBRATION if self.folder else None
+            if path is None or not path.is_file():
+                return None
+        return Calibration.load(path, self.model)
+
+    def to(self, device: str | torch.device, dtype: torch.dtype | None = None) -> Self:
+        """Everything on a device; the model, not the tokenizer, in another type. ConfigError: no such device."""
+        try:
+            self.tokenizer.to(device)
+            for model in (self.model, self.draft):
+                if model is not None:
+                    model.to(device, dtype)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"The device {device} is not available: {first_sentence(error)}.") from error
+        return self
+
+    def save(self, folder: str | Path) -> None:
+        """Write the folder; a calibration is saved into it as `kv.safetensors`. See `PretrainedMixin` for rounding."""
+        folder = Path(folder)
+        parts: list[tuple[Any, Path]] = [(self.model, folder)]
+        if self.config.tokenizer is None:
+            parts.append((self.tokenizer, folder / TOKENIZER))
+        if self.draft is not None:
+            parts.append((self.draft, folder / DRAFT))
+        for part, place in parts:
+            part.save_pretrained(place)
+        (folder / GENERATION_CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+
+
+def read_config(folder: Path) -> GenerationConfig:
+    """That of a folder, or the defaults where it has none. ModelError where it is damaged."""
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return GenerationConfig()
+    try:
+        return GenerationConfig.from_json(path.read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path} cannot be read: {first_sentence(error)}.") from error
