@@ -137,6 +137,11 @@ class TokenSet:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} is no token shard of vtc, or of another version.") from error
 
+    @classmethod
+    def of_file(cls, path: Path) -> TokenSet:
+        """That of a finished shard. ModelError where it is something else."""
+        return _open(path).facts
+
 
 class Sample(NamedTuple):
     """One picture: its key in the source, its label or NO_LABEL, and its (V, L, G) indices.
@@ -243,9 +248,11 @@ def _records(data: bytes, facts: TokenSet) -> Iterator[tuple[Sample, int]]:
 def _safetensors(facts: TokenSet, samples: list[Sample]) -> bytes:
     good = [sample for sample in samples if sample.indices is not None]
     indices = np.stack([sample.indices for sample in good]) if good else np.zeros((0, *facts.shape), facts.dtype)
-    about = {"facts": facts.text(), "keys": json.dumps([sample.key for sample in good]),
-             "left_out": json.dumps({sample.key: sample.problem for sample in samples if sample.indices is None})}
-    return save({"indices": indices, "labels": np.array([sample.label for sample in good], np.int64)}, about)
+    about = {"facts": facts.text(), "keys": [sample.key for sample in good],
+             "left_out": {sample.key: sample.problem for sample in samples if sample.indices is None}}
+    # one entry: safetensors writes several in an order of its own, another one each time
+    return save({"indices": indices, "labels": np.array([sample.label for sample in good], np.int64)},
+                {"vtc": json.dumps(about)})
 
 
 def _tar(facts: TokenSet, samples: list[Sample]) -> bytes:
@@ -419,14 +426,14 @@ def _open(path: Path) -> _Shard:
 
 def _open_safetensors(path: Path) -> _Shard:
     with safe_open(path, "np") as file:
-        about = file.metadata() or {}
+        about = json.loads((file.metadata() or {}).get("vtc", "{}"))
         labels = file.get_tensor("labels")
     facts = TokenSet.parse(about.get("facts"), path)
     with open(path, "rb") as stream:
         head = int.from_bytes(stream.read(8), "little")
         start = 8 + head + json.loads(stream.read(head))["indices"]["data_offsets"][0]
     size = math.prod(facts.shape) * facts.dtype.itemsize
-    return _Shard(path, facts, json.loads(about["keys"]), labels, json.loads(about["left_out"]),
+    return _Shard(path, facts, about["keys"], labels, about["left_out"],
                   start + size * np.arange(len(labels), dtype=np.int64))
 
 
