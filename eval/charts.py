@@ -19,7 +19,7 @@ COLOURS = 8
 class Series:
     """One line. points: (x, y), in order of x. intervals: (low, high) of each y, or (). colour: from 0 on.
 
-    labels: what a point says when it is pointed at, or (). dots: whether points are drawn.
+    labels: what a point says when it is pointed at, or (). line, dots: whether it and points are drawn.
     """
 
     name: str
@@ -28,6 +28,8 @@ class Series:
     intervals: Sequence[tuple[float, float] | None] = ()
     labels: Sequence[str] = ()
     dots: bool = True
+    line: bool = True
+    dashed: bool = False
 
 
 def line_chart(series: Sequence[Series], x_title: str, y_title: str, log_x: bool = False, log_y: bool = False,
@@ -63,8 +65,9 @@ def colour(n: int) -> str:
 def _drawn(line: Series, x_axis: _Axis, y_axis: _Axis) -> str:
     places = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
     parts = [f'<g style="--c:{colour(line.colour)}">']
-    if len(places) > 1:
-        parts.append(f'<polyline class="line" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
+    if line.line and len(places) > 1:
+        kind = "line dashed" if line.dashed else "line"
+        parts.append(f'<polyline class="{kind}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
     if line.dots:
         intervals = list(line.intervals) or [None] * len(places)
         labels = list(line.labels) or [line.name] * len(places)

@@ -50,22 +50,41 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     if a.mean.shape != b.mean.shape:
         raise ConfigError(f"The clouds have {a.mean.numel()} and {b.mean.numel()} dimensions.")
-    if not all(torch.isfinite(part).all() for part in (a.mean, b.mean, a.covariance, b.covariance)):
+    if not all(part.sum().isfinite() for part in (a.mean, b.mean, a.covariance, b.covariance)):
         raise ConfigError("The features' statistics are not finite.")
-    factor = _factor(a.covariance)
-    product = factor.T @ b.covariance @ factor  # its eigenvalues are those of the covariances' product
-    spectrum = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0)
+    # A^T S2 A has the eigenvalues of the covariances' product; eigvalsh reads its lower triangle only.
+    factor, triangular = _factor(a.covariance)
+    spectrum = torch.linalg.eigvalsh(_congruent(factor, b.covariance, triangular)).clamp(min=0)
     difference = (a.mean - b.mean).square().sum()
     return float(difference + a.covariance.trace() + b.covariance.trace() - 2 * spectrum.sqrt().sum())
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """A with A A^T = covariance: Cholesky's where no direction is all but flat, else from the eigenvectors."""
+def _factor(covariance: Tensor) -> tuple[Tensor, bool]:
+    """A with A A^T = covariance, and whether it is lower triangular.
+
+    Cholesky's where no direction is all but flat, else from the eigenvectors.
+    """
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if not failed and factor.diagonal().square().min() > 1e-10 * covariance.diagonal().max():
-        return factor
+        return factor, True
     values, vectors = torch.linalg.eigh(covariance)
-    return vectors * values.clamp(min=0).sqrt()
+    return vectors * values.clamp(min=0).sqrt(), False
+
+
+def _congruent(factor: Tensor, covariance: Tensor, triangular: bool, block: int = 256) -> Tensor:
+    """factor^T covariance factor, of which only the lower triangle is sure to be filled, block by block.
+
+    The zeros above a triangular factor's diagonal are left out: a third of the multiplications of two whole products.
+    """
+    dim = len(factor)
+    blocks = [(slice(start, min(start + block, dim)), slice(start if triangular else 0, dim))
+              for start in range(0, dim, block)]
+    left, found = torch.empty_like(covariance), torch.zeros_like(covariance)
+    for columns, rows in blocks:  # left = factor^T covariance, a row of blocks at a time: slices that lie together
+        torch.matmul(factor[rows, columns].T, covariance[rows], out=left[columns])
+    for columns, rows in blocks:
+        torch.matmul(factor[rows, columns].T, left[: columns.stop, rows].T, out=found[columns, : columns.stop])
+    return found
 
 
 def load_statistics(path: str | Path) -> FeatureStatistics:

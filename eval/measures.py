@@ -44,6 +44,7 @@ from vtc.eval.ssim import (
     padded_structural_similarity,
     structural_similarity,
 )
+from vtc.eval.token_statistics import token_statistics
 from vtc.eval.wavelet_bands import band_energies
 from vtc.images import to_uint8
 from vtc.tokenizers.lpips import Backbone
@@ -56,7 +57,7 @@ class Seen:
     name: of the image, path: its file. target, preds: (1, 3, H, W) in [0, 1], as the protocol prepares and rounds
     them; unrounded is the reconstruction before that. num_bytes, tokens, facts: see `vtc.eval.suite.Reconstruction`.
     memo: what measures worked out about the original, shared by the methods that are compared on one image.
-    own: the same about the reconstruction.
+    own: the same about the reconstruction. grid: rows and columns of the last of the tokens, None where unknown.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Seen:
     facts: Mapping[str, Any] = field(default_factory=dict)
     memo: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
 
 
 def once(memo: dict[str, Any], key: str, make: Callable[[], Any]) -> Any:
@@ -313,7 +315,7 @@ class _Spectrum(Collector):
 
 
 class Codebook(Measure):
-    """How much of its codebook a tokenizer uses; with the counts of the words for the report's picture of them."""
+    """How much of its codebook a tokenizer uses, and the statistics of its tokens as of a language."""
 
     alias, settings = "codebook", {}
 
@@ -322,27 +324,41 @@ class Codebook(Measure):
 
     def parts(self, seen: Seen) -> dict[str, np.ndarray]:
         assert seen.tokens is not None
-        return {"tokens": seen.tokens.astype(np.int32)}
+        found = {"tokens": seen.tokens.astype(np.int32)}
+        return found if seen.grid is None else found | {"grid": np.array(seen.grid, dtype=np.int32)}
 
     def collector(self, description: Mapping[str, Any]) -> Collector | None:
         return _Words(tuple(description["vocab"])) if "vocab" in description else None
 
 
+#: what statistics of tokens are made of: pictures until there are so many tokens, codebooks of at most so many words
+MOST_TOKENS, MOST_WORDS = 2**20, 2**20
+
+
 class _Words(Collector):
+    """Of several groups of tokens the first is the language, of several scales the last, which is the finest."""
+
     def __init__(self, vocab: tuple[int, ...]) -> None:
         self.metric = CodebookUsageMetric(vocab)
+        self.vocab, self.tokens = vocab[0], 0
+        self.documents: list[np.ndarray] = []
 
     def add(self, parts: Mapping[str, np.ndarray]) -> None:
         self.metric.update(torch.from_numpy(parts["tokens"]))
+        if self.tokens < MOST_TOKENS and self.vocab <= MOST_WORDS:
+            rows, columns = parts["grid"].tolist() if "grid" in parts else (1, len(parts["tokens"]))
+            self.documents.append(parts["tokens"][-rows * columns :, 0].reshape(rows, columns))
+            self.tokens += rows * columns
 
     def results(self) -> dict[str, Any]:
         found = self.metric.compute()
-        counts = self.metric.counts.split(list(self.metric.vocab))[0]
-        ranked = counts.sort(descending=True).values
-        return {"codebook_usage": found.usage, "codebook_entropy": found.entropy_bits,
-                "codebook_entropy_corrected": found.entropy_bits_corrected,
-                "codebook_perplexity": found.perplexity, "codebook_tokens": found.tokens,
-                "rank_frequency": ranked[ranked > 0].tolist()}
+        results: dict[str, Any] = {
+            "codebook_usage": found.usage, "codebook_entropy": found.entropy_bits,
+            "codebook_entropy_corrected": found.entropy_bits_corrected, "codebook_perplexity": found.perplexity,
+            "codebook_tokens": found.tokens}
+        if self.documents:
+            results["token_statistics"] = token_statistics(self.documents, self.vocab).to_json()
+        return results
 
 
 class Features(Measure):

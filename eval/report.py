@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vtc.errors import FileError, VtcError
 from vtc.eval.charts import Series, colour, line_chart
+from vtc.eval.measures import MOST_TOKENS
 from vtc.eval.names import Quantity, quantity, shown
 from vtc.eval.pairs import Item
 from vtc.eval.results import (
@@ -38,6 +39,8 @@ from vtc.eval.results import (
     to_json,
 )
 from vtc.eval.suite import Method, Suite, in_order
+from vtc.eval.token_report import statistics_charts, statistics_rows
+from vtc.eval.token_statistics import TokenStatistics
 from vtc.files import reason, write_file
 from vtc.images import to_uint8
 
@@ -48,6 +51,8 @@ LONGEST_SIDE, QUALITY = 1024, 86
 MOST_METHODS = 6
 #: rows of the table of single images; the CSV has all
 MOST_ROWS = 500
+#: tokenizers whose statistics are drawn; the table has all
+MOST_LANGUAGES = 4
 #: what the key figures and the pictures' order go by, as far as measured
 MAIN = ("learned_perceptual_image_patch_similarity_alex", "multiscale_structural_similarity", "structural_similarity",
         "peak_signal_noise_ratio")
@@ -447,21 +452,33 @@ def _tokens(methods: Sequence[MethodResult]) -> str:
     heads = "".join(f"<th>{escape(_heading(quantity(name)))}</th>" for name in names)
     rows = "".join(f"<tr><td><b>{escape(m.name)}</b></td><td>{escape(_vocabulary(m))}</td>"
                    + "".join(f"<td>{shown(name, m.value(name))}</td>" for name in names) + "</tr>" for m in having)
-    series = []
-    for n, method in enumerate(having[:8]):
-        counts = method.extra.get("rank_frequency", [])
-        ranks = sorted({round(r) for r in np.geomspace(1, len(counts), 60)}) if counts else []
-        total = sum(counts)
-        series.append(Series(method.name, [(rank, counts[rank - 1] / total) for rank in ranks], n, dots=False))
-    series = [s for s in series if s.points]
-    chart = line_chart(series, "rank of the word", "share of all tokens", log_x=True, log_y=True)
-    legend = "".join(f'<li style="--c:{colour(s.colour)}">{escape(s.name)}</li>' for s in series)
-    picture = (f'<ul class="legend">{legend}</ul><div class="grid"><figure class="card"><h3>Rank and frequency '
-               f"<span>a straight line would be Zipf's law</span></h3>{chart}</figure></div>") if chart else ""
     return ("<p class=soft>How the words of the codebook are used over all pictures. Entropy is biased low where the "
             "tokens are not many times the words; the corrected one adds the Miller-Madow term.</p>"
             f'<div class="scroll"><table><thead><tr><th>method</th><th>words</th>{heads}</tr></thead>'
-            f"<tbody>{rows}</tbody></table></div>{picture}")
+            f"<tbody>{rows}</tbody></table></div>{_language(having)}")
+
+
+def _language(methods: Sequence[MethodResult]) -> str:
+    """The tokens as a language: curves, and a table with a column a method."""
+    found = {method.name: TokenStatistics.from_json(method.extra["token_statistics"]) for method in methods
+             if "token_statistics" in method.extra}
+    if not found:
+        return ""
+    drawn = dict(list(found.items())[:MOST_LANGUAGES])
+    legend = "".join(f'<li style="--c:{colour(n)}">{escape(name)}</li>' for n, name in enumerate(drawn))
+    charts = "".join(f'<figure class="card"><h3>{escape(chart.title)} <span>{escape(chart.hint)}</span></h3>{chart.svg}'
+                     "</figure>" for chart in statistics_charts(drawn))
+    heads = "".join(f"<th>{escape(name)}</th>" for name in found)
+    rows = "".join(f'<tr><td class="label">{escape(name)}</td>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}'
+                   "</tr>" for name, cells in statistics_rows(found))
+    return (f'<ul class="legend">{legend}</ul><div class="grid">{charts}</div>'
+            "<details><summary>The tokens as a language: entropies, n-grams, growth, compressibility</summary>"
+            "<p class=soft>A picture is a document, read row by row; of several groups of tokens the first, of several "
+            f"scales the finest; the first pictures, until they have {MOST_TOKENS:,} tokens. Plug-in entropies of "
+            "n-grams are too low, so the same of shuffled tokens stands beside each: what both have in common is bias. "
+            "A Kneser-Ney model on held-out pictures is never too low.</p>"
+            f'<div class="scroll"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+            "</details>")
 
 
 def _vocabulary(method: MethodResult) -> str:

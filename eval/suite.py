@@ -40,7 +40,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 #: goes into every record's key; raise it when a measure's numbers change
-REVISION = 1
+REVISION = 2
 #: the fact of an image for which a method has no reconstruction
 NOT_REACHED = "not_reached"
 #: how often the images are drawn anew for an interval
@@ -52,13 +52,15 @@ class Reconstruction:
     """What a method made of one picture.
 
     image: (3, H, W) in [0, 1]. num_bytes: of the whole file, None where the method writes none.
-    tokens: integers, groups last; None without. facts: numbers to be kept by image (down-sampling, quality, seconds).
+    tokens: integers (L, groups), scale after scale; None without. facts: numbers to be kept by image (down-sampling,
+    quality, seconds). grid: rows and columns of the last scale of the tokens, where they have any.
     """
 
     image: Tensor
     num_bytes: int | None = None
     tokens: np.ndarray | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    grid: tuple[int, int] | None = None
 
 
 class Method:
@@ -298,7 +300,7 @@ class Suite:
             raise ImageError(f"{item.name}: {method.name} gave values that are not finite (NaN or infinity).")
         target, image = original.to(self.device), image.to(self.device)
         seen = Seen(item.name, item.path, target, self.protocol.for_pixels(image), image.clamp(0, 1), made.num_bytes,
-                    made.tokens, made.facts, memo)
+                    made.tokens, made.facts, memo, grid=made.grid)
         record.facts = {"height": original.shape[2], "width": original.shape[3],
                         **({} if made.num_bytes is None else {"num_bytes": made.num_bytes}), **made.facts}
         for measure in measures:

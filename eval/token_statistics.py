@@ -16,7 +16,7 @@ import lzma
 import math
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -486,6 +486,30 @@ class TokenStatistics:
         if self.above_and_left is not None:
             found["above_and_left"]["gain"] = self.above_and_left.gain
         return found
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TokenStatistics:
+        """What `to_json` gave, also after a file. Raises ConfigError where it is something else."""
+        try:
+            return cls(**{field.name: _restored(field.name, data[field.name]) for field in fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"That is not what token_statistics measured: {error}.") from error
+
+
+def _restored(name: str, value: Any) -> Any:
+    """A field of `TokenStatistics` from plain data: lists to tuples, the properties left out."""
+    kinds: dict[str, Any] = {"entropy": Entropies, "zipf": ZipfFit, "n_grams": ContextEntropy,
+                             "above_and_left": ContextEntropy, "neighbours": Neighbour, "cooccurrence": Cooccurrence,
+                             "growth": VocabularyGrowth, "compressibility": Compressibility, "benford": Benford}
+    if name not in kinds or value is None:
+        return _tuples(value)
+    if isinstance(value, list | tuple):
+        return tuple(_restored(name, one) for one in value)
+    return kinds[name](**{field.name: _tuples(value[field.name]) for field in fields(kinds[name])})
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 def token_statistics(sequences: Sequence[NDArray], vocab: int, *, order: int = 4, held_out: float = 0.1,

@@ -2,93 +2,44 @@
 
     python scripts/evaluate_codec.py --model NAME_OR_PATH --images FOLDER --output DIR
 
-Every image goes through a whole file and back to 8 bits, as a user's would. DIR receives results.csv (a row an image
-and codec), results.json (the same with means and provenance), results.md (tables) and, with --sheet, sheet.png.
-Each peer gets, image by image, at most the bytes that ours took, and chooses its down-sampling factor by --best_by.
+The suite of `vtc-eval` with a contact sheet. Every image goes through a whole file and back to 8 bits, as a user's
+would. DIR receives results.csv (a row an image and codec), results.json (the same with means and provenance),
+results.md (tables) and, with --sheet, sheet.png. Each peer gets, image by image, at most the bytes that ours took, and
+chooses its down-sampling factor by --best_by.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import math
-import statistics
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from image_rows import Row, find_lpips, number, picture_files, table_csv
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from vtc.codecs.classical import ENCODERS, available_codecs, encode_within
-from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, FileError, ImageError, ModelError, VtcError
-from vtc.eval.bits import bits_per_pixel
-from vtc.eval.codebook import CodebookUsageMetric
-from vtc.eval.lattice import LatticeRatio
-from vtc.eval.lpips import learned_perceptual_image_patch_similarity
+from vtc.cli.eval_methods import ClassicalMethod, Distance, TokenCodecMethod
+from vtc.codecs.classical import ENCODERS, available_codecs
+from vtc.errors import ConfigError, FileError, ImageError, VtcError
+from vtc.eval.measures import Measure, Options, build
+from vtc.eval.pairs import Item, Problem
 from vtc.eval.provenance import provenance
-from vtc.eval.psnr import peak_signal_noise_ratio
-from vtc.eval.results import finite
-from vtc.eval.ssim import MS_SSIM_MIN_SIDE, multiscale_structural_similarity
-from vtc.eval.suite import timed
+from vtc.eval.results import MethodResult, finite
+from vtc.eval.suite import Method, Suite
 from vtc.files import write_file
-from vtc.images import load_image, save_image, to_tensor, to_uint8
-from vtc.models import companions, load_tokenizer
-from vtc.tokenizers.base import Tokenizer
-from vtc.tokenizers.lpips import LPIPS
+from vtc.images import save_image, to_uint8
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
-MEASURES = ("bpp", "psnr", "ms_ssim", "lpips_alex", "encode_seconds", "decode_seconds")
-
-
-@dataclass
-class Row:
-    """One image through one codec; None is what was not measured."""
-
-    image: str
-    codec: str
-    width: int
-    height: int
-    num_bytes: int
-    bpp: float
-    psnr: float
-    ms_ssim: float | None
-    lpips_alex: float | None
-    encode_seconds: float | None = None
-    decode_seconds: float | None = None
-    downsample: int = 1
-    quality: float | None = None
-
-
-class Judge:
-    """Scores a reconstruction and adds up its error's spectrum, codec by codec."""
-
-    def __init__(self, lpips: LPIPS | None, period: int) -> None:
-        self.lpips, self.period = lpips, period
-        self.lattices: dict[str, LatticeRatio] = {}
-
-    def row(self, image: str, codec: str, original: np.ndarray, decoded: np.ndarray, num_bytes: int) -> Row:
-        """Both pictures are uint8 (H, W, 3): what is judged is what would be saved."""
-        height, width = original.shape[:2]
-        target, preds = (to_tensor(pixels)[None] for pixels in (original, decoded))
-        ms_ssim = lpips = None
-        if min(height, width) >= MS_SSIM_MIN_SIDE:
-            ms_ssim = multiscale_structural_similarity(preds, target).item()
-        if self.lpips is not None:
-            lpips = learned_perceptual_image_patch_similarity(preds, target, self.lpips).item()
-        return Row(image, codec, width, height, num_bytes, bits_per_pixel(num_bytes, height, width),
-                   peak_signal_noise_ratio(preds, target).item(), ms_ssim, lpips)
-
-    def add_error(self, codec: str, original: np.ndarray, decoded: np.ndarray) -> None:
-        """Once for each image's final reconstruction."""
-        lattice = self.lattices.setdefault(codec, LatticeRatio(self.period))
-        lattice.update(to_tensor(decoded)[None], to_tensor(original)[None])
+#: column of the CSV -> result of the suite
+RESULTS = {"bpp": "bits_per_pixel", "psnr": "peak_signal_noise_ratio", "ms_ssim": "multiscale_structural_similarity",
+           "lpips_alex": "learned_perceptual_image_patch_similarity_alex", "encode_seconds": "encode_seconds",
+           "decode_seconds": "decode_seconds"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,59 +78,49 @@ def evaluate(args: argparse.Namespace) -> None:
     files = picture_files(args.images, args.limit)
     if missing := sorted(set(args.sheet) - {f.name for f in files}):
         raise ConfigError(f"--sheet names {', '.join(missing)}, which --images does not hold.")
-    peers = [name for name in args.compare if name in available_codecs()]
-    tokenizer = load_tokenizer(args.model).to(args.device)
     lpips, lpips_note = find_lpips(args.lpips_weights)
     best_by = args.best_by or ("lpips" if lpips else "psnr")
     if best_by == "lpips" and lpips is None:
         raise ConfigError(f"--best_by lpips needs LPIPS. {lpips_note}")
+    ours = TokenCodecMethod(args.model, args.device)
+    peers = [name for name in args.compare if name in available_codecs()]
+    distance = Distance(lpips.to(args.device) if lpips and best_by == "lpips" else None)
+    methods: list[Method] = [ours, *(ClassicalMethod(peer, ours, args.downsample, distance) for peer in peers)]
+    for method, label in zip(methods, ("ours", *peers), strict=True):
+        method.name = label
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"The output folder {args.output} cannot be made: {error.strerror}.") from error
+        raise FileError(f"The output folder {args.output} cannot be made: {error.strerror}.") from error
 
-    codec = TokenCodec(tokenizer, *companions(args.model, args.device))
-    codec.decompress(codec.compress(torch.zeros(1, 3, 64, 64)))  # warm up: the first call sets up kernels
-    judge = Judge(lpips, max(2, tokenizer.downsample))
-    codebook = CodebookUsageMetric(tokenizer.layout(64, 64).vocab)
-    rows: list[Row] = []
-    failures: list[str] = []
-    sheet: list[list[tuple[np.ndarray, str]]] = []
-    for file in tqdm(files, disable=args.quiet, file=sys.stderr):
-        try:
-            original = load_image(file).pixels
-            results = list(one_image(file.name, original, codec, codebook, judge, peers, args.downsample, best_by))
-        except (ImageError, FileError) as error:
-            failures.append(str(error).replace(str(file), file.name))
-            continue
-        for row, decoded in results:
-            rows.append(row)
-            judge.add_error(row.codec, original, decoded)
-            if args.save_reconstructions:
-                folder = args.output / "reconstructions" / row.codec
-                folder.mkdir(parents=True, exist_ok=True)
-                save_image(decoded, folder / f"{file.stem}.png")
-        if file.name in args.sheet:
-            sheet.append([(original, file.name), *((decoded, caption(row)) for row, decoded in results)])
-    if not rows:
+    items = [Item(file.name, file) for file in files]
+    suite = Suite(methods, measures(args, ours, lpips is not None), device=args.device)
+    ours.reconstruct(Item("", Path()), torch.zeros(1, 3, 64, 64))  # warm up: the first call sets up kernels
+    with tqdm(total=len(items), disable=args.quiet, file=sys.stderr) as bar:
+        found, problems = suite.run(items, progress=lambda done, known: bar.update())
+    failures = [short(problem, items) for problem in problems]
+    if not found:
         raise ImageError(f"No picture in {args.images} could be measured: {failures[0]}")
+    results = {method.name: method for method in found}
+    rows = [row for item in items for row in rows_of(item.name, found)]
 
-    settings = {"images": args.images.name, "num_images": len(files) - len(failures),
+    settings = {"images": args.images.name, "num_images": len(results["ours"].images),
                 "lpips": lpips_note if lpips else "not measured, no weights",
                 "peers": {"codecs": peers, "unavailable": sorted(set(args.compare) - set(peers)),
                           "downsample": args.downsample, "best_by": best_by,
                           "budget": "image by image, at most our bytes"},
                 "rounding": "reconstructions rounded to the nearest 8-bit level before they are judged",
                 "aggregation": "mean over images", "failures": failures}
-    report = {"model": describe(args.model, tokenizer, codec), "settings": settings,
-              "means": means(rows, judge), "codebook": codebook.compute()._asdict(),
+    report = {"model": describe(args.model, ours), "settings": settings,
+              "means": {name: means(method) for name, method in results.items()},
+              "codebook": {name.removeprefix("codebook_"): result.value
+                           for name, result in results["ours"].results.items() if name.startswith("codebook_")},
               "provenance": provenance(), "rows": [asdict(row) for row in rows]}
     write_file(args.output / "results.json", json.dumps(finite(report), indent=1).encode() + b"\n")
     write_file(args.output / "results.csv", table_csv(rows).encode())
     text = markdown(report, rows)
     write_file(args.output / "results.md", text.encode())
-    if sheet:
-        save_image(contact_sheet(sheet), args.output / "sheet.png")
+    draw(args, suite, items, rows)
     if not args.quiet:
         print(text.partition("## Each image")[0])
     for failure in failures:
@@ -188,91 +129,49 @@ def evaluate(args: argparse.Namespace) -> None:
         raise ImageError(f"{len(failures)} of {len(files)} pictures could not be measured; the others were.")
 
 
-def picture_files(folder: Path, limit: int | None) -> list[Path]:
-    """The pictures of a folder, by name."""
-    if not folder.is_dir():
-        raise ConfigError(f"--images takes a folder, and {folder} is none.")
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES)[:limit]
-    if not files:
-        raise ConfigError(f"The folder {folder} holds no pictures ({', '.join(sorted(SUFFIXES))}).")
-    return files
+def measures(args: argparse.Namespace, ours: TokenCodecMethod, with_lpips: bool) -> list[Measure]:
+    """What is measured, in the order of the table."""
+    options = Options(args.device, args.lpips_weights, period=max(2, ours.codec.tokenizer.downsample))
+    names = ["bpp", "psnr", "ms_ssim", *["lpips_alex"] * with_lpips, "lattice", "seconds", "codebook"]
+    return [build(name, options) for name in names]
 
 
-def find_lpips(weights: str | None) -> tuple[LPIPS | None, str]:
-    """AlexNet LPIPS and what to say of it; weights that were named must be there."""
-    try:
-        return LPIPS("alex", weights), "AlexNet, version 0.1"
-    except ModelError as error:
-        if weights:
-            raise
-        return None, f"not measured: {error}"
+def short(problem: Problem, items: Sequence[Item]) -> str:
+    """The sentence with files by their names alone: nobody's folders go into a result."""
+    text = problem.sentence
+    for item in items:
+        text = text.replace(str(item.path), item.name)
+    return text
 
 
-def one_image(name: str, original: np.ndarray, codec: TokenCodec, codebook: CodebookUsageMetric, judge: Judge,
-              peers: list[str], factors: list[int], best_by: str) -> Iterator[tuple[Row, np.ndarray]]:
-    """Ours first, then each peer that reaches our size, as (row, uint8 reconstruction)."""
-    image = to_tensor(original)[None]
-    (data,), encode_seconds = timed(lambda: codec.compress(image))
-    (decoded,), decode_seconds = timed(lambda: codec.decompress([data]))
-    codebook.update(codec.decompress_tokens(data).indices.cpu())
-    pixels = to_uint8(decoded)
-    ours = judge.row(name, "ours", original, pixels, len(data))
-    ours.encode_seconds, ours.decode_seconds = encode_seconds, decode_seconds
-    yield ours, pixels
-    for peer in peers:
-        candidates = list(peer_candidates(name, original, peer, len(data), judge, factors))
-        if candidates:
-            yield max(candidates, key=lambda c: -(c[0].lpips_alex or 0) if best_by == "lpips" else c[0].psnr)
+def rows_of(image: str, found: Sequence[MethodResult]) -> Iterator[Row]:
+    """What the suite measured of one image, ours first."""
+    for method in found:
+        if image in method.images:
+            place = method.images.index(image)
+            values = {name: float(column[place]) for name, column in method.columns.items()
+                      if not math.isnan(column[place])}
+            yield Row(image, method.name, int(values["width"]), int(values["height"]), int(values["num_bytes"]),
+                      **{name: values.get(result) for name, result in RESULTS.items()},  # type: ignore[arg-type]
+                      downsample=int(values.get("downsample", 1)), quality=values.get("quality"))
 
 
-def peer_candidates(name: str, original: np.ndarray, peer: str, max_bytes: int, judge: Judge,
-                    factors: list[int]) -> Iterator[tuple[Row, np.ndarray]]:
-    """A peer's file at each down-sampling factor at which it fits. The search for the quality is not timed."""
-    for factor in factors:
-        stream = encode_within(peer, original, max_bytes, factor)
-        if stream is not None:
-            pixels, seconds = timed(stream.decode)
-            row = judge.row(name, peer, original, pixels, len(stream.data))
-            row.downsample, row.quality, row.decode_seconds = factor, stream.quality, seconds
-            yield row, pixels
-
-
-def describe(name: str, tokenizer: Tokenizer, codec: TokenCodec) -> dict[str, object]:
+def describe(name: str, ours: TokenCodecMethod) -> dict[str, Any]:
     """What was measured, by its fingerprint."""
-    return {"name": Path(name).name, "class": type(tokenizer).__name__, "fingerprint": codec.fingerprint.hex(),
-            "model_id": tokenizer.model_id, "downsample": tokenizer.downsample,
-            "vocab": tokenizer.layout(64, 64).vocab,
-            "prior": codec.prior.fingerprint.hex() if codec.prior else None,
-            "parameters": sum(p.numel() for p in tokenizer.parameters())}
+    about = ours.description
+    return {"name": Path(name).name, "fingerprint": ours.codec.fingerprint.hex(),
+            **{key: about[key] for key in ("class", "model_id", "downsample", "vocab", "prior", "parameters")}}
 
 
-def means(rows: list[Row], judge: Judge) -> dict[str, dict[str, float | int | None]]:
-    """Codec -> the mean of each measure over its images, how many they were, and the lattice ratio."""
-    table: dict[str, dict[str, float | int | None]] = {}
-    for codec in dict.fromkeys(row.codec for row in rows):
-        own = [row for row in rows if row.codec == codec]
-        table[codec] = {"num_images": len(own)}
-        for measure in MEASURES:
-            values = [v for v in (getattr(row, measure) for row in own) if v is not None]
-            table[codec][measure] = statistics.fmean(values) if values else None
-            if values and len(values) < len(own):
-                table[codec][f"num_images_{measure}"] = len(values)
-        table[codec]["lattice_ratio"] = judge.lattices[codec].compute().item()
-    return table
-
-
-def table_csv(rows: list[Row]) -> str:
-    """One line a row, with a header."""
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, [f.name for f in fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    return stream.getvalue()
-
-
-def number(value: float | None, digits: int) -> str:
-    """For a table; a dash where nothing was measured."""
-    return "-" if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def means(method: MethodResult) -> dict[str, float | int | None]:
+    """The mean of each measure over the images, how many they were, and the lattice ratio."""
+    found: dict[str, float | int | None] = {"num_images": len(method.images)}
+    for name, result in RESULTS.items():
+        measured = method.results.get(result)
+        found[name] = measured.value if measured else None
+        if measured and 0 < measured.n < len(method.images):
+            found[f"num_images_{name}"] = measured.n
+    return found | {"lattice_ratio": method.value("stride_lattice_ratio")}
 
 
 def markdown(report: dict, rows: list[Row]) -> str:
@@ -303,6 +202,29 @@ def markdown(report: dict, rows: list[Row]) -> str:
     lines += ["", f"Made by `{' '.join(about['command'])}` with {packages}, Python {about['python']}, on "
               f"{about['processor']}, {about['threads']} threads.", ""]
     return "\n".join(lines)
+
+
+def draw(args: argparse.Namespace, suite: Suite, items: Sequence[Item], rows: Sequence[Row]) -> None:
+    """The contact sheet and the reconstructions, where they are asked for: made once more, as they were judged."""
+    sheet: list[list[tuple[np.ndarray, str]]] = []
+    for item in items:
+        own = [row for row in rows if row.image == item.name]
+        if not own or not (args.save_reconstructions or item.name in args.sheet):
+            continue
+        original = suite.prepared(item)
+        line = [(to_uint8(original), item.name)]
+        for row in own:
+            image = suite.reconstructed(item, next(m for m in suite.methods if m.name == row.codec), original)
+            assert image is not None
+            line.append((to_uint8(image), caption(row)))
+            if args.save_reconstructions:
+                folder = args.output / "reconstructions" / row.codec
+                folder.mkdir(parents=True, exist_ok=True)
+                save_image(line[-1][0], folder / f"{item.path.stem}.png")
+        if item.name in args.sheet:
+            sheet.append(line)
+    if sheet:
+        save_image(contact_sheet(sheet), args.output / "sheet.png")
 
 
 def caption(row: Row) -> str:

@@ -25,14 +25,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_codec import Judge, Row, find_lpips, number, picture_files, table_csv, timed
 from evaluate_rates import MEASURES, averages, classical, read_rows
+from image_rows import Judge, Row, find_lpips, number, picture_files, table_csv
 from tqdm import tqdm
 
 from vtc.codecs.classical import ENCODERS
 from vtc.codecs.latent_codec import LatentCodec
 from vtc.errors import ModelError, VtcError
 from vtc.eval.provenance import provenance
+from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
 
@@ -87,7 +88,7 @@ def evaluate(args: argparse.Namespace) -> None:
     files = picture_files(args.images, args.limit)
     codec = LatentCodec.from_pretrained(args.codec)
     lpips, lpips_note = find_lpips(args.lpips_weights)
-    judge = Judge(lpips, 8)
+    judge = Judge(lpips)
     known = read_rows(args.reuse) if args.reuse else []
     rows, estimates = [], list[float]()
     with tempfile.TemporaryDirectory() as folder:

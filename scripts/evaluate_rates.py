@@ -22,13 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from evaluate_codec import Judge, Row, find_lpips, number, picture_files, table_csv, timed
+from image_rows import Judge, Row, find_lpips, number, picture_files, table_csv
 from tqdm import tqdm
 
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_within
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import ConfigError, VtcError
 from vtc.eval.provenance import provenance
+from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
 from vtc.models import companions, family_of, load_tokenizer
@@ -71,7 +72,7 @@ def evaluate(args: argparse.Namespace) -> None:
     codecs = {label: TokenCodec(model, *beside) for label, model in models(args.model, args.also)}
     peers = [name for name in args.compare if name in available_codecs()]
     lpips, lpips_note = find_lpips(args.lpips_weights)
-    judge = Judge(lpips, 16)
+    judge = Judge(lpips)
     args.output.mkdir(parents=True, exist_ok=True)
     known = [row for row in read_rows(args.reuse) if not row.codec.startswith("ours ")] if args.reuse else []
     table = args.output / "rates.csv"

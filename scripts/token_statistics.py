@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vtc.errors import ConfigError, FileError, VtcError
 from vtc.eval.provenance import provenance
+from vtc.eval.token_report import statistics_rows
 from vtc.eval.token_statistics import TokenStatistics, token_statistics
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor
@@ -186,62 +187,9 @@ def matched(corpora: Iterable[Corpus], tokens: int, seed: int) -> list[Corpus]:
 
 def table(found: dict[str, TokenStatistics]) -> str:
     """Markdown, a column a corpus."""
-    rows: list[tuple[str, list[str]]] = []
-
-    def row(name: str, cell: object) -> None:
-        cells = []
-        for statistics in found.values():
-            value = cell(statistics)  # type: ignore[operator]
-            cells.append(value or "-")
-        rows.append((name, cells))
-
-    row("documents", lambda s: f"{s.documents:,}")
-    row("tokens", lambda s: f"{s.tokens:,}")
-    row("words used of the vocabulary", lambda s: f"{s.used:,} of {s.vocab:,}")
-    row("entropy, plug-in (bit)", lambda s: f"{s.entropy.plugin:.3f}")
-    row("entropy, Miller-Madow", lambda s: f"{s.entropy.miller_madow:.3f}")
-    row("entropy, Grassberger", lambda s: f"{s.entropy.grassberger:.3f}")
-    row("entropy, Chao-Shen", lambda s: f"{s.entropy.chao_shen:.3f}")
-    row("entropy over log2 of the vocabulary", lambda s: f"{s.normalised_entropy:.3f}")
-    row("Zipf slope, least squares (R2)", lambda s: s.zipf and f"{s.zipf.slope:.2f} ({s.zipf.r_squared:.2f})")
-    row("Zipf exponent, likelihood (KS)", lambda s: s.zipf and f"{s.zipf.exponent:.2f} ({s.zipf.distance:.3f})")
-    row("Zipf-Mandelbrot exponent, shift (KS)",
-        lambda s: s.zipf and f"{s.zipf.mandelbrot_exponent:.2f}, {s.zipf.mandelbrot_shift:.3g} "
-                             f"({s.zipf.mandelbrot_distance:.3f})")
-    for n in (2, 3, 4):
-        row(f"bits given {n - 1} before: plug-in / of shuffled tokens",
-            lambda s, n=n: f"{s.n_grams[n - 1].conditional:.2f} / {s.n_grams[n - 1].shuffled:.2f}"
-            if len(s.n_grams) >= n else None)
-    for n in (1, 2, 3, 4):
-        row(f"bits of held-out documents, {n}-gram model / shuffled",
-            lambda s, n=n: f"{s.n_grams[n - 1].held_out:.2f} / {s.n_grams[n - 1].shuffled_held_out:.2f}"
-            if len(s.n_grams) >= n and s.n_grams[n - 1].held_out else None)
-    row("the same, given above and left",
-        lambda s: s.above_and_left and f"{s.above_and_left.held_out:.2f} / {s.above_and_left.shuffled_held_out:.2f}")
-    for r, c in ((0, 1), (1, 0)):
-        row(f"information in the neighbour {'to the right' if c else 'below'}, above its bias (bit)",
-            lambda s, r=r, c=c: next((f"{n.information - n.shuffled:.2f} ({n.information:.2f} - {n.shuffled:.2f})"
-                                      for n in s.neighbours if (n.rows, n.columns) == (r, c)), None))
-    row("pairs of one word with itself, by chance (%)",
-        lambda s: s.cooccurrence and ", ".join(
-            f"{100 * share:.2f}" for share in (s.cooccurrence[0].same, s.cooccurrence[0].same_by_chance)))
-    row("symmetry of pairs, shuffled",
-        lambda s: s.cooccurrence and f"{s.cooccurrence[0].symmetry:.3f}, {s.cooccurrence[0].shuffled_symmetry:.3f}")
-    row("correlations of neighbours, three leading (largest of shuffled)",
-        lambda s: s.cooccurrence and " ".join(f"{v:.2f}" for v in s.cooccurrence[0].correlations[:3])
-        + f" ({s.cooccurrence[0].shuffled_correlations[0]:.2f})")
-    row("Heaps exponent (R2)",
-        lambda s: s.growth and f"{s.growth.heaps_exponent:.2f} ({s.growth.heaps_r_squared:.2f})")
-    row("documents until 50, 90, 99 % of the words",
-        lambda s: s.growth and ", ".join(f"{n:,}" for n in s.growth.documents_until))
-    row("new words per 1,000 tokens, first and last",
-        lambda s: s.growth and f"{s.growth.innovation[0]:.0f}, {s.growth.innovation[-1]:.2f}")
-    for name in ("huffman", "zlib", "lzma", "shuffled_lzma"):
-        row(f"{name.replace('_', ' of ')} bytes over packed".replace("shuffled of lzma", "lzma of shuffled"),
-            lambda s, name=name: f"{getattr(s.compressibility, name) / s.compressibility.packed:.3f}")
-    row("Benford: divergence (bit), p", lambda s: f"{s.benford.divergence:.3f}, {s.benford.p_value:.2g}")
     lines = ["| | " + " | ".join(found) + " |", "|-" * (len(found) + 1) + "|"]
-    return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows]) + "\n"
+    return "\n".join(lines + [f"| {name} | " + " | ".join(cells) + " |"
+                              for name, cells in statistics_rows(found)]) + "\n"
 
 
 def draw(folder: Path, found: dict[str, TokenStatistics]) -> None:

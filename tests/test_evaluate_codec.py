@@ -1,10 +1,9 @@
 """scripts/evaluate_codec.py, whole: a tiny random model on two small pictures."""
 
 import csv
-import importlib.util
 import json
 import math
-import sys
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -14,10 +13,20 @@ from tests.shared import ROOT, SHARED, needs_shared
 from vtc.images import load_image, save_image
 from vtc.tokenizers.local_vq import LocalVQ
 
-_spec = importlib.util.spec_from_file_location("evaluate_codec", ROOT / "scripts" / "evaluate_codec.py")
-assert _spec is not None and _spec.loader is not None
-evaluate_codec = sys.modules[_spec.name] = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(evaluate_codec)
+
+@pytest.fixture
+def evaluate_codec(monkeypatch):
+    """The script, imported as when it is run: scripts import their neighbours."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return import_module("evaluate_codec")
+
+
+@pytest.fixture
+def run(evaluate_codec, folders):
+    """Calls the script on the folders' pictures."""
+    return lambda output, *more: evaluate_codec.main([
+        "--model", str(folders / "model"), "--images", str(folders / "images"), "--output", str(output), "--quiet",
+        *more])
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +44,9 @@ def folders(tmp_path_factory):
     return root
 
 
-def run(root, output, *more) -> int:
-    return evaluate_codec.main(["--model", str(root / "model"), "--images", str(root / "images"), "--output",
-                                str(output), "--quiet", *more])
-
-
-def test_what_is_written_agrees_with_the_files(folders, tmp_path):
+def test_what_is_written_agrees_with_the_files(folders, run, tmp_path):
     """JPEG 2000 is the one peer that reaches the few dozen bytes of 20 tokens."""
-    assert run(folders, tmp_path, "--compare", "jpeg2000", "webp", "--best_by", "psnr", "--sheet", "1.png",
+    assert run(tmp_path, "--compare", "jpeg2000", "webp", "--best_by", "psnr", "--sheet", "1.png",
                "--save_reconstructions") == 0
     report = json.loads((tmp_path / "results.json").read_text())
     with open(tmp_path / "results.csv", newline="") as file:
@@ -73,15 +77,15 @@ def test_what_is_written_agrees_with_the_files(folders, tmp_path):
 
 
 @needs_shared("weights", "alexnet_features.safetensors")
-def test_lpips_is_measured_with_weights_by_path(folders, tmp_path):
-    assert run(folders, tmp_path, "--lpips_weights", str(SHARED / "weights"), "--compare", "--limit", "1") == 0
+def test_lpips_is_measured_with_weights_by_path(run, tmp_path):
+    assert run(tmp_path, "--lpips_weights", str(SHARED / "weights"), "--compare", "--limit", "1") == 0
     report = json.loads((tmp_path / "results.json").read_text())
     assert [row["codec"] for row in report["rows"]] == ["ours"]
     assert 0 < report["means"]["ours"]["lpips_alex"] < 2
     assert report["settings"]["peers"]["best_by"] == "lpips"
 
 
-def test_a_bad_picture_does_not_stop_the_others(folders, tmp_path, capsys):
+def test_a_bad_picture_does_not_stop_the_others(evaluate_codec, folders, tmp_path, capsys):
     images = tmp_path / "images"
     images.mkdir()
     (images / "a.png").write_bytes(b"no picture")
@@ -102,10 +106,10 @@ def test_a_bad_picture_does_not_stop_the_others(folders, tmp_path, capsys):
     (("--images", "nowhere"), "takes a folder"),
     (("--model", "nowhere"), "nowhere"),
 ])
-def test_mistakes_are_told_in_one_sentence(folders, tmp_path, capsys, monkeypatch, more, message):
+def test_mistakes_are_told_in_one_sentence(run, tmp_path, capsys, monkeypatch, more, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert run(folders, tmp_path / "out", *more) == 1
+    assert run(tmp_path / "out", *more) == 1
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and "Traceback" not in error

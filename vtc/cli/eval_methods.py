@@ -54,9 +54,10 @@ class TokenCodecMethod(Method):
         (data,), encode_seconds = timed(lambda: self.codec.compress(image))
         (decoded,), decode_seconds = timed(lambda: self.codec.decompress([data]))
         self._remember(item, len(data))
-        tokens = self.codec.decompress_tokens(data).indices[0].cpu().numpy()
-        return Reconstruction(decoded.cpu(), len(data), tokens,
-                              {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds})
+        tokens = self.codec.decompress_tokens(data)
+        return Reconstruction(decoded.cpu(), len(data), tokens.indices[0].cpu().numpy(),
+                              {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds},
+                              tokens.layout.scales[-1])
 
     def num_bytes(self, item: Item, image: Tensor) -> int:
         """Of the file: what a peer gets as its budget."""
@@ -131,7 +132,7 @@ class TokenizerMethod(Method):
         decoded, decode_seconds = timed(lambda: self.tokenizer.decode(tokens, generator))
         return Reconstruction(decoded[0].cpu(), None, tokens.indices[0].cpu().numpy(),
                               {"encode_seconds": encode_seconds, "decode_seconds": decode_seconds,
-                               "nominal_bits": tokens.layout.bits})
+                               "nominal_bits": tokens.layout.bits}, tokens.layout.scales[-1])
 
 
 def _prior(codec: TokenCodec) -> dict[str, Any]:
