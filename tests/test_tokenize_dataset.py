@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tarfile
-import time
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.shared import ROOT
 from tests.tiny_tokenizers import TinyGrid, TinyGroups, TinyScales
 from vtc.errors import ConfigError, FileError, ModelError, TrainingError
 from vtc.images import load_image
+from vtc.models import load_tokenizer
+from vtc.training.sources import NO_LABEL, pack_pictures
 from vtc.training.token_shards import (
-    NO_LABEL,
     Sample,
     ShardWriter,
     TokenSet,
@@ -101,35 +99,36 @@ def test_tar_shards_are_webdatasets_with_a_description_that_its_readers_pass_ove
     assert member_key("a.b/c.d.png") == "a.b/c_d"
 
 
-def test_a_run_that_was_interrupted_anywhere_makes_the_same_bytes_and_encodes_nothing_twice(tmp_path):
+class Killed(TinyGrid):
+    """After so many batches its process is no more; no handler and no `finally` runs."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+
+    def encode(self, images):
+        if not self.calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.calls -= 1
+        return super().encode(images)
+
+
+Killed.__name__ = "TinyGrid"
+
+
+def test_runs_that_are_killed_go_on_behind_their_last_batch_and_make_the_same_bytes(tmp_path):
     maker(tmp_path / "whole", source(broken=(5,)), batch_size=2).run(quiet=True)
-
-    class Interrupted(TinyGrid):
-        def encode(self, images):
-            if not self.left:
-                raise KeyboardInterrupt
-            self.left -= 1
-            self.seen += len(images)
-            return super().encode(images)
-
-        def fingerprint(self):
-            return TinyGrid().fingerprint()
-
-    Interrupted.__name__ = "TinyGrid"
-    seen = 0
-    for calls in (1, 2, 0, 1, 99):
-        pictures = source(broken=(5,))
-        tokenizer = Interrupted()
-        tokenizer.left, tokenizer.seen = calls, 0
-        try:
-            done = maker(tmp_path / "parts", pictures, tokenizer, batch_size=2).run(quiet=True)
-        except KeyboardInterrupt:
-            pass
-        seen += tokenizer.seen
-    assert seen == 10  # eleven pictures, one of them broken
-    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    assert done.kept + done.pictures == 11
-    assert TokenShards(tmp_path / "parts").left_out.keys() == {"class2/5.png"}
+    parts = tmp_path / "parts"
+    for calls in (1, 2, 0, 1):  # of six batches
+        process = multiprocessing.get_context("fork").Process(
+            target=maker(parts, source(broken=(5,)), Killed(calls), batch_size=2).run, kwargs={"quiet": True})
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    done = maker(parts, source(broken=(5,)), batch_size=2).run(quiet=True)
+    assert (done.kept, done.pictures) == (8, 3)
+    assert contents(parts) == contents(tmp_path / "whole")
+    assert TokenShards(parts).left_out.keys() == {"class2/5.png"}
 
 
 def test_a_journal_that_was_cut_or_changed_is_used_up_to_there(tmp_path):
@@ -246,7 +245,7 @@ def test_missing_cut_and_doubled_shards_are_named(tmp_path):
     path = tmp_path / "tokens-00001-of-00003.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[:-2])
-    with pytest.raises(ModelError, match="00001-of-00003.safetensors cannot be read"):
+    with pytest.raises(ModelError, match=r"00001-of-00003\.safetensors cannot be read"):
         TokenShards(tmp_path)
     path.unlink()
     with pytest.raises(FileError, match="lacks 1 of 3 shards"):
@@ -260,7 +259,7 @@ def test_missing_cut_and_doubled_shards_are_named(tmp_path):
 
 
 def test_pictures_that_cannot_be_read(tmp_path):
-    with pytest.raises(TrainingError, match="None of 2 pictures could be read; class0/0.png"):
+    with pytest.raises(TrainingError, match=r"None of 2 pictures could be read; class0/0\.png"):
         maker(tmp_path / "none", source(2, broken=(0, 1))).run(quiet=True)
     done = maker(tmp_path / "some", source(5, broken=(0, 4))).run(quiet=True)
     assert done.problems.keys() == {"class0/0.png", "class1/4.png"}
@@ -269,3 +268,61 @@ def test_pictures_that_cannot_be_read(tmp_path):
     maker(tmp_path / "plain", Memory([("a", NO_LABEL, png(0))])).run(quiet=True)
     with pytest.raises(ConfigError, match="have no label"):
         TokenShards(tmp_path / "plain", labels=True)
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+
+def folder_of(path: Path, count: int) -> Path:
+    for n in range(count):
+        file = path / f"class{n % 2}" / f"{n:03}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(png(n, 64, 64))
+    return path
+
+
+def command(pictures: Path, out: Path, *more: str) -> list[str]:
+    return ["--tokenizer", "localvq-f16-2560", "--train_data_dir", str(pictures), "--output_dir", str(out),
+            "--resolution", "64", "--shard_size", "4", "--batch_size", "4", "--num_workers", "0", "--quiet", *more]
+
+
+def test_two_processes_of_the_script_make_what_one_makes_and_a_second_run_makes_nothing(tmp_path, capsys):
+    pictures = folder_of(tmp_path / "pictures", 12)
+    one, two = tmp_path / "one", tmp_path / "two"
+    script = import_module("scripts.tokenize_dataset")
+    for _ in range(2):
+        script.main([part for part in command(pictures, one) if part != "--quiet"])
+    said = capsys.readouterr().err
+    assert "12 pictures in 3 shards" in said and "0 pictures in 0 shards" in said and "12 were there already" in said
+    for rank in ("0", "1"):
+        script.main(command(pictures, two, "--rank", rank, "--world_size", "2"))
+    assert contents(one) == contents(two)
+    tokens = TokenShards(one, load_tokenizer(), labels=True)
+    assert tokens.labels.tolist() == [0] * 6 + [1] * 6 and tokens.facts.layout.scales == ((4, 4),)
+
+
+def test_the_script_reads_packs_and_webdataset_shards_alike(tmp_path):
+    items = [(png(n, 32, 32), n % 2) for n in range(4)]
+    pack_pictures(tmp_path / "pack.npz", {"train": items}, ["even", "odd"])
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as tar:
+        for n, (data, label) in enumerate(items):
+            for suffix, content in (("png", data), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{n}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    found = []
+    for where in ("pack.npz", "shards"):
+        import_module("scripts.tokenize_dataset").main(command(tmp_path / where, tmp_path / f"out-{where}"))
+        tokens = TokenShards(tmp_path / f"out-{where}", labels=True)
+        found.append([(indices.flatten().tolist(), label) for indices, label in (tokens[n] for n in range(4))])
+    assert found[0] == found[1] and [label for _, label in found[0]] == [0, 1, 0, 1]
+
+
+def test_mistakes_of_the_script_are_usage_errors(tmp_path, capsys):
+    script = import_module("scripts.tokenize_dataset")
+    for arguments in (["--rank", "1"], ["--rank", "2", "--world_size", "2"], ["--views", "all"], ["--device", "tpu"]):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(command(tmp_path, tmp_path, *arguments))
+    with pytest.raises(ConfigError, match="no pictures"):
+        script.main(command(tmp_path, tmp_path / "out"))
+    assert "usage" in capsys.readouterr().err

@@ -39,6 +39,7 @@ from vtc.errors import ConfigError, FileError, ModelError
 from vtc.files import lock, reason, write_file
 from vtc.hub import fingerprint
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
+from vtc.training.sources import NO_LABEL
 
 FORMAT = "vtc token shard 1"
 #: how shards are stored, and the suffixes of their files
@@ -46,8 +47,6 @@ Storage = Literal["safetensors", "webdataset"]
 SUFFIXES: dict[str, str] = {"safetensors": ".safetensors", "webdataset": ".tar"}
 #: where a .tar says what made it; readers of WebDataset pass over names of this form
 ABOUT = "__vtc__/about.json"
-
-NO_LABEL = -1
 
 
 def encoding_fingerprint(tokenizer: Tokenizer) -> str:
