@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
+from vtc.tokenizers.ranks import mean_over_ranks
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ class LeCAM(nn.Module):
     """Keeps the discriminator's answers near the moving average of its answers to the other kind.
 
     Tseng et al., 2104.03310, equation 4: mean relu(real - ema_fake)^2 + mean relu(ema_real - fake)^2. The averages
-    start at zero and take in the present batch before they are used.
+    start at zero and take in the present batch, that of all processes, before they are used.
     """
 
     ema_real: Tensor
@@ -59,8 +60,8 @@ class LeCAM(nn.Module):
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         with torch.no_grad():
-            self.ema_real.lerp_(real.mean().float(), 1 - self.decay)
-            self.ema_fake.lerp_(fake.mean().float(), 1 - self.decay)
+            self.ema_real.lerp_(mean_over_ranks(real.mean().float()), 1 - self.decay)
+            self.ema_fake.lerp_(mean_over_ranks(fake.mean().float()), 1 - self.decay)
         return F.relu(real - self.ema_fake).square().mean() + F.relu(self.ema_real - fake).square().mean()
 
 

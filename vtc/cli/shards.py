@@ -25,12 +25,8 @@ from typing import IO
 from vtc.cli.items import Item, Made, make_folder, stage_name
 from vtc.cli.plan import Task
 from vtc.errors import FileError, VtcError, first_sentence
-from vtc.files import MAX_FILE_BYTES, lock, reason
-
-BLOCK = tarfile.BLOCKSIZE
-
-#: what tarfile raises for headers that are damaged, or were made to do harm
-_DAMAGED = (tarfile.TarError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError)
+from vtc.files import lock, reason
+from vtc.tars import BLOCK, DAMAGED, Header, forget, members, read_member
 
 
 @dataclass(frozen=True)
@@ -46,75 +42,6 @@ class Recipe:
     new_suffix: str
     settings: str
     resume: bool = False
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-
-class _Header(tarfile.TarInfo):
-    """A member whose size cannot be negative, with which some Pythons' tarfile would loop for ever."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
-        header = super().frombuf(buf, encoding, errors)
-        header._block(header.size)
-        return header
-
-    def _block(self, count: int) -> int:
-        if count < 0:
-            raise tarfile.InvalidHeaderError("a negative size")  # type: ignore[attr-defined]
-        return -(-count // BLOCK) * BLOCK
-
-
-def members(path: str, file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, str]]:
-    """(member, why it has to be left out) of the open .tar in their order, folders aside; the reason is mostly ''.
-
-    Raises FileError where the file is no .tar, is damaged, or ends too early.
-    """
-    size = os.fstat(file.fileno()).st_size
-    try:
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)  # noqa: SIM115  # the file is the caller's
-        while (member := tar.next()) is not None:
-            _forget(tar)
-            if member.isreg() and not member.issparse() and member.offset_data + member.size > size:
-                raise FileError(f"{path} is cut: its member {member.name!r} does not end.")
-            if not member.isdir():
-                yield member, _objection(member)
-        file.seek(tar.offset)
-        end = file.read(BLOCK)
-    except _DAMAGED as error:
-        raise FileError(f"{path} is not a .tar, or is damaged or cut: {first_sentence(error)}.") from error
-    # tarfile takes a damaged header for the end; the true end is a block of zeros.
-    if any(end):
-        raise FileError(f"{path} is damaged: there is no member of a .tar at byte {tar.offset}.")
-    if len(end) < BLOCK:
-        raise FileError(f"{path} is cut: its end mark is missing.")
-
-
-def _forget(tar: tarfile.TarFile) -> None:
-    """tarfile keeps what it knows of every member that it read or wrote."""
-    vars(tar)["members"].clear()
-
-
-def _objection(member: tarfile.TarInfo) -> str:
-    parts = member.name.replace("\\", "/").split("/")
-    if ".." in parts or parts[0] == "" or parts[0].endswith(":") or "\0" in member.name:
-        return "its path leads out of the shard"
-    if not member.isreg() or member.issparse():
-        return "it is no ordinary file"
-    return ""
-
-
-def read_member(path: str, file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    """The bytes of a member. Raises FileError."""
-    if member.size > MAX_FILE_BYTES:
-        raise FileError(f"{path}/{member.name} has {member.size} bytes, and the limit is {MAX_FILE_BYTES}.")
-    file.seek(member.offset_data)
-    data = file.read(member.size)
-    if len(data) < member.size:
-        raise FileError(f"{path} is cut: its member {member.name!r} does not end.")
-    if not data:
-        raise FileError(f"{path}/{member.name} is empty.")
-    return data
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -174,7 +101,7 @@ class Shard:
                 self._file.truncate()
                 self._tar = tarfile.open(fileobj=self._file, mode="w")  # noqa: SIM115
             self._tar.addfile(new, data)
-            _forget(self._tar)
+            forget(self._tar)
             self._file.flush()  # so that a kill costs one member
         except (OSError, tarfile.TarError, ValueError) as error:
             self.fail()
@@ -243,15 +170,15 @@ def _whole_members(file: IO[bytes]) -> Iterator[tuple[str, int, int]]:
     if not size:
         return
     try:
-        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)  # noqa: SIM115
+        tar = tarfile.open(fileobj=file, mode="r:", tarinfo=Header)  # noqa: SIM115
         while (member := tar.next()) is not None:
-            _forget(tar)
+            forget(tar)
             end = member.offset_data + -(-member.size // BLOCK) * BLOCK
             if end > size:
                 return
             yield member.name, start, end
             start = end
-    except _DAMAGED:
+    except DAMAGED:
         return
 
 

@@ -1,47 +1,85 @@
 """Photographs for training: crops that depend on nothing but the seed and their number.
 
 Sample n of a run is the same picture, scale, place and flip whatever the number of workers or processes, so a run that
-stops and resumes sees exactly the samples it would have seen.
+stops and resumes sees exactly the samples it would have seen, without reading those before them.
 """
 
 from __future__ import annotations
 
+import io
+import logging
+import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+from vtc.errors import ConfigError, TrainingError, first_sentence
+from vtc.training.sources import IMAGE_SUFFIXES, FolderPictures, Pictures, image_files
+
+__all__ = ["IMAGE_SUFFIXES", "Numbering", "RandomCrops", "image_files"]
+
+log = logging.getLogger(__name__)
+
+#: pictures in a row that may be broken before a run gives up
+PATIENCE = 100
 
 
-def image_files(folder: str | Path) -> list[Path]:
-    """The pictures below a folder, in an order that does not depend on the file system."""
-    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+class Numbering:
+    """Sample numbers without end to pictures: each epoch is a permutation of its own."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.count, self.seed = count, seed
+        self._epoch, self._order = -1, np.arange(0)
+
+    def __call__(self, n: int) -> tuple[int, int, NDArray[np.int64]]:
+        """(epoch, place in it, the epoch's order) of sample n."""
+        epoch, place = divmod(n, self.count)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.count)
+        return epoch, place, self._order
 
 
 class RandomCrops(Dataset[Tensor]):
     """Sample n: a random square of a random photograph, shrunk by a random factor, mirrored half of the time.
 
+    pictures: files, or any source of `vtc.training.sources`.
     resolution: side of the square in pixels.
     min_scale: a photograph is resized by a factor drawn from [min_scale, 1], but never below the square.
+    broken: how many pictures could not be read, by all workers together. Each is named once, and the next one of the
+        epoch is cut in its place. TrainingError where a hundred in a row are broken.
     """
 
-    def __init__(self, files: list[Path], resolution: int, seed: int, min_scale: float = 0.6) -> None:
-        self.files, self.resolution, self.seed, self.min_scale = files, resolution, seed, min_scale
+    def __init__(self, pictures: Sequence[Path] | Pictures, resolution: int, seed: int, min_scale: float = 0.6) -> None:
+        self.pictures: Pictures = pictures if hasattr(pictures, "read") else FolderPictures(pictures)
+        if not len(self.pictures):
+            raise ConfigError("There are no pictures to train on.")
+        self.resolution, self.seed, self.min_scale = resolution, seed, min_scale
+        self.numbering = Numbering(len(self.pictures), seed)
+        self._broken = multiprocessing.Value("q", 0)
+        self._named: set[int] = set()
 
     def __len__(self) -> int:
         return 2**62  # numbered by the sampler, without end
 
+    @property
+    def broken(self) -> int:
+        """Pictures that could not be read so far."""
+        return int(self._broken.value)
+
     def __getitem__(self, n: int) -> Tensor:
         """(3, resolution, resolution) uint8."""
-        epoch, place = divmod(n, len(self.files))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.files))
+        epoch, place, order = self.numbering(n)
         rng = np.random.default_rng((self.seed, epoch, place))
-        with Image.open(self.files[order[place]]) as file:
-            image = file.convert("RGB")
+        return self.cut(self._opened(order, place), rng)
+
+    def cut(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
+        """A random square of a picture."""
         side = self.resolution
         smallest = max(self.min_scale, side / min(image.size))
         scale = rng.uniform(smallest, 1.0) if smallest < 1 else smallest
@@ -53,3 +91,23 @@ class RandomCrops(Dataset[Tensor]):
         if rng.random() < 0.5:
             crop = np.ascontiguousarray(crop[:, ::-1])
         return torch.from_numpy(crop).permute(2, 0, 1)
+
+    def _opened(self, order: NDArray[np.int64], place: int) -> Image.Image:
+        """The picture at a place of the epoch's order, or the first good one behind it."""
+        patience = min(PATIENCE, len(order))
+        for further in range(patience):
+            number = int(order[(place + further) % len(order)])
+            key = f"picture {number}"
+            try:
+                key, _, file = self.pictures.read(number)
+                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+                    return opened.convert("RGB")
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
+                if number not in self._named:
+                    self._named.add(number)
+                    with self._broken.get_lock():
+                        self._broken.value += 1
+                    log.warning("%s is skipped: %s.", key, first_sentence(error))
+        raise TrainingError(f"{patience} pictures in a row cannot be read, the last one is {key}: look at the data.")

@@ -23,7 +23,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -312,7 +312,7 @@ class Loop:
         size = 1 if getattr(self.data, "whole_batches", False) else self.recipe.train_batch_size
         return size * self.recipe.gradient_accumulation_steps * self.ranks
 
-    def _batches(self, final: int) -> Iterator[Any]:
+    def _batches(self, final: int) -> Generator[Any]:
         """The batches up to step `final`, on the device; `position` moves on with them."""
         recipe = self.recipe
         count = (final - self.step) * recipe.gradient_accumulation_steps
@@ -339,7 +339,7 @@ class Loop:
     def _loader(self, count: int) -> Iterable[Any]:
         recipe = self.recipe
         if not hasattr(self.data, "__getitem__"):
-            return cast(Callable[[int, int], Iterable[Any]], self.data)(self.position, count)
+            return self.data(self.position, count)  # type: ignore[operator]
         dataset = cast(Dataset[Any], self.data)
         whole = bool(getattr(dataset, "whole_batches", False))
         size = None if whole else recipe.train_batch_size
@@ -524,8 +524,8 @@ class Loop:
 
         def ask(number: int, frame: FrameType | None) -> None:
             self._signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            for known, handler in before.items():
+                signal.signal(known, handler)
 
         self._signal = 0
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
@@ -534,8 +534,8 @@ class Loop:
         try:
             yield
         finally:
-            for each, handler in before.items():
-                signal.signal(each, handler)
+            for known, handler in before.items():
+                signal.signal(known, handler)
 
     def _asked_to_stop(self, last: bool) -> int:
         """The number of a signal that any process got; several processes ask one another now and then."""

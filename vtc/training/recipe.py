@@ -107,12 +107,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type[Recipe], **de
         if kind is bool:
             group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, default=default, help=text)
         else:
-            if isinstance(default, tuple):
-                kind, extra = type(default[0]) if default else str, {"nargs": "*"}
-            else:
-                kind, extra = type(default) if default is not None else str, {}
-            group.add_argument(f"--{field.name}", type=kind, default=default, help=text.replace("100%", "100%%"),
-                               choices=field.metadata.get("choices"), **extra)
+            several = isinstance(default, tuple)
+            kind = type(default[0] if several and default else "" if several else default)
+            group.add_argument(f"--{field.name}", type=kind, default=default, help=text, nargs="*" if several else None,
+                               choices=field.metadata.get("choices"))
 
 
 def parse_recipe_args(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -158,9 +156,26 @@ def _of_action(action: argparse.Action, value: Any, file: Path) -> Any:
     return values if action.nargs in ("*", "+") or isinstance(action, argparse._AppendAction) else values[0]
 
 
+class NameValue(argparse.Action):
+    """`--model_args name=value name=value`: a mapping; values are JSON where they can be read as such, else text."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: str | None = None) -> None:
+        mapping = dict(getattr(namespace, self.dest) or {})
+        for text in values if isinstance(values, list) else [values]:
+            name, equals, value = text.partition("=")
+            if not equals:
+                parser.error(f"{option_string} takes name=value, not {text!r}.")
+            try:
+                mapping[name] = json.loads(value)
+            except json.JSONDecodeError:
+                mapping[name] = value
+        setattr(namespace, self.dest, mapping)
+
+
 def read_config(file: str | Path) -> dict[str, Any]:
     """The mapping in a YAML or JSON file; a run's own `recipe.json` is one. ConfigError."""
-    import yaml  # accelerate brings it along
+    import yaml  # type: ignore[import-untyped]  # accelerate brings it along
 
     try:
         text = Path(file).read_text()
@@ -174,5 +189,5 @@ def read_config(file: str | Path) -> dict[str, Any]:
 
 def recipe_from(recipe: type[AnyRecipe], args: argparse.Namespace) -> AnyRecipe:
     """The recipe that the parsed flags say. ConfigError where a value cannot be."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(recipe)}
+    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(recipe)}
     return recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})

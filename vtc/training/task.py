@@ -105,7 +105,7 @@ def checkpoint_activations(model: nn.Module, blocks: tuple[type[nn.Module], ...]
     if not found:
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing; leave --gradient_checkpointing out.")
     for module in found:
-        module.forward = partial(_again, module, type(module).forward)  # type: ignore[method-assign]
+        module.forward = partial(_again, module, type(module).forward)
 
 
 def _again(module: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,197 +1,382 @@
-"""Training a tokenizer: reconstruction, a perceptual term that is hard to cheat, a codebook without dead words.
+"""Training a tokenizer: any of our networks with any quantizer, by reconstruction, LPIPS and a discriminator.
 
-The script `scripts/train_tokenizer.py` holds the flags; this file holds the loop.
+The loop is `vtc.training.loop`; this file says what is trained. `scripts/train_tokenizer.py` holds the flags.
+
+    model          l1, l2, lpips, the quantizer's own loss (commitment, entropies), the discriminator's opinion
+    discriminator  hinge or cross-entropy of photographs against the reconstructions of the same step, LeCAM
+
+Images are in [0, 1] in every term, where L1 is half, and L2 a quarter, of what it is in [-1, 1]: a published weight of
+1 for L1 is `--l1_weight 2`. The discriminator sees [-1, 1].
 """
 
 from __future__ import annotations
 
-import json
+import inspect
 import math
-import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from vtc.errors import TrainingError
+from vtc.errors import ConfigError, first_sentence
 from vtc.eval.lattice import error_spectrum, lattice_ratio
-from vtc.tokenizers.local_vq import LocalVQ
+from vtc.tokenizers.base import Quantized, Tokenizer
+from vtc.tokenizers.classes import TOKENIZER_CLASSES
+from vtc.tokenizers.codebook_stats import MAX_WORDS, CodebookStatistics
+from vtc.tokenizers.discriminators import BlurPatchGAN, PatchGAN, SpectralDiscriminator
+from vtc.tokenizers.layers import AttnBlock, MultiScaleTokenizer, ResBlock
+from vtc.tokenizers.local_vq import Block
+from vtc.tokenizers.lookup_free import annealed_entropy_weight
+from vtc.tokenizers.losses import (
+    LeCAM,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    non_saturating_generator_loss,
+    vanilla_discriminator_loss,
+)
 from vtc.tokenizers.lpips import LPIPS
-from vtc.training.data import RandomCrops
+from vtc.tokenizers.ranks import mean_over_ranks, sum_over_ranks
+from vtc.tokenizers.scales import MultiScaleQuantizer, resize_area
 from vtc.training.perceptual import PerceptualLoss
+from vtc.training.recipe import Recipe
+from vtc.training.task import Task
+from vtc.training.tokenizer_recipe import TokenizerRecipe
 
-TensorList = tuple[Tensor, ...] | list[Tensor]
+__all__ = ["MODELS", "Critic", "TokenizerRecipe", "TokenizerTask", "evaluate", "make_critic", "make_tokenizer"]
 
-
-@dataclass
-class TokenizerRecipe:
-    """Hyper-parameters of one run; each is a flag of `scripts/train_tokenizer.py`."""
-
-    resolution: int = 224
-    train_batch_size: int = 6
-    gradient_accumulation_steps: int = 1
-    max_train_steps: int = 8500
-    learning_rate: float = 8e-4
-    final_learning_rate: float = 1e-5
-    lr_warmup_steps: int = 200
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    l1_weight: float = 3.0
-    perceptual_weight: float = 1.0
-    #: steps without quantization; the latents of the last fifty give the K-means start of the codebook
-    continuous_steps: int = 300
-    ema_decay: float = 0.999
-    seed: int = 0
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to the final rate."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        span = self.learning_rate - self.final_learning_rate
-        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+#: models by the names of `--model`; their classes are known to `vtc.tokenizers.classes`
+MODELS = {"local_vq": "LocalVQ", "pyramid_vq": "PyramidVQ", "vqgan": "VQGAN", "ibq": "IBQ", "llamagen": "LlamaGenVQ",
+          "wetok": "WeTok", "open_magvit2": "OpenMAGVIT2", "var_vqvae": "VARVQVAE", "infinity_vae": "InfinityVAE",
+          "diffusers_vq": "DiffusersVQ"}
+#: of the continuous steps, the last ones, whose latents the codebook starts from
+START_STEPS = 50
+#: vectors for each codeword that K-means sees at most
+START_SHARE = 64
+#: sub-modules that stage 2 leaves as they are
+FROZEN_IN_STAGE_2 = ("encoder", "quant_conv", "quantizer")
 
 
 @torch.no_grad()
-def evaluate(model: LocalVQ, images: list[Tensor], judge: LPIPS) -> dict[str, float]:
-    """Mean PSNR (dB), LPIPS, lattice ratio, and codebook perplexity and usage over whole images (3, H, W) in [0, 1]."""
+def evaluate(model: Tokenizer, images: Sequence[Tensor], judge: LPIPS) -> dict[str, float]:
+    """Mean PSNR (dB), LPIPS, lattice ratio, and use of the codebook over whole images (3, H, W) in [0, 1].
+
+    Usage and entropy are means over the groups of a code.
+    """
     psnr, lpips, spectra = [], [], []
-    counts = torch.zeros(model.quantizer.codebook_size)
-    for image in images:
-        image = image[None]
+    device = next(model.parameters()).device
+    statistics: CodebookStatistics | None = None
+    for number, image in enumerate(images):
+        image = image[None].to(device)
         tokens = model.encode(image)
-        output = (model.decode(tokens) * 255).round() / 255
-        psnr.append(-10 * math.log10((output - image).square().mean().item()))
+        output = model.decode(tokens, torch.Generator(device).manual_seed(number))
+        output = (output * 255).round() / 255
+        psnr.append(-10 * math.log10(max((output - image).square().mean().item(), 1e-10)))
         lpips.append(judge(output, image).item())
-        spectra.append(error_spectrum(image, output, model.downsample))
-        counts += torch.bincount(tokens.indices.flatten(), minlength=len(counts))
-    p = counts / counts.sum()
-    entropy = -(p * p.clamp(min=1e-12).log2()).sum().item()
-    return {"psnr": sum(psnr) / len(psnr), f"lpips_{judge.backbone}": sum(lpips) / len(lpips),
-            "lattice_ratio": lattice_ratio(torch.stack(spectra).sum(0), model.downsample),
-            "codebook_entropy_bits": entropy,
-            "codebook_perplexity": 2**entropy, "codebook_usage": (counts > 0).float().mean().item()}
+        spectra.append(error_spectrum(image.cpu(), output.cpu(), model.downsample))
+        if sum(tokens.layout.vocab) <= MAX_WORDS:
+            statistics = statistics or CodebookStatistics(tokens.layout.vocab)
+            statistics.update(tokens)
+    result = {"psnr": sum(psnr) / len(psnr), f"lpips_{judge.backbone}": sum(lpips) / len(lpips)}
+    spectrum = torch.stack(spectra).sum(0)
+    if spectrum.any():  # no picture may have been large enough
+        result["lattice_ratio"] = lattice_ratio(spectrum, model.downsample)
+    if statistics is not None:
+        result |= {"codebook_entropy_bits": statistics.entropy_bits().mean().item(),
+                   "codebook_perplexity": statistics.perplexity().mean().item(),
+                   "codebook_usage": statistics.usage().mean().item()}
+    return result
 
 
-class TokenizerTrainer:
-    """One training run; `train` returns the averaged model.
+def make_tokenizer(name: str, arguments: dict[str, Any]) -> Tokenizer:
+    """A new model of a kind in MODELS (or by its class) with the arguments of its constructor. ConfigError."""
+    kind = MODELS.get(name, name)
+    if kind not in TOKENIZER_CLASSES:
+        raise ConfigError(f"There is no model {name!r}; there are {', '.join(MODELS)}.")
+    model = getattr(import_module(TOKENIZER_CLASSES[kind]), kind)
+    known = inspect.signature(model).parameters
+    for argument in arguments:
+        if argument not in known:
+            raise ConfigError(f"{kind} has no argument {argument!r}, but {', '.join(known)}.")
+    try:
+        return model(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{kind} cannot be made of {arguments}: {first_sentence(error)}.") from error
 
-    All randomness of a step comes from the seed and the step's number, so a run that was stopped goes on to the bit.
+
+class Critic(nn.Module):
+    """A discriminator, and the averages that LeCAM holds its answers to."""
+
+    def __init__(self, network: nn.Module, lecam: LeCAM | None = None) -> None:
+        super().__init__()
+        self.network, self.lecam = network, lecam
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images in [0, 1]."""
+        return self.network(images * 2 - 1)
+
+
+def make_critic(recipe: TokenizerRecipe) -> Critic | None:
+    """The discriminator of a recipe; None where it has no adversarial term."""
+    if not recipe.gan_weight:
+        return None
+    channels, layers = recipe.discriminator_channels, recipe.discriminator_layers
+    if recipe.discriminator == "patch":
+        network: nn.Module = PatchGAN(channels, layers, cast(Any, recipe.discriminator_norm))
+    elif recipe.discriminator == "blur":
+        network = BlurPatchGAN(channels, layers)
+    else:
+        network = SpectralDiscriminator(channels, layers)
+    return Critic(network, LeCAM() if recipe.lecam_weight else None)
+
+
+class TokenizerTask(Task):
+    """A tokenizer and, where the recipe has an adversarial term, a discriminator.
+
+    perceptual: LPIPS of the loss, None where its weight is 0. judge: LPIPS of the validation.
+    validation: whole pictures (3, H, W) in [0, 1].
     """
 
-    def __init__(self, model: LocalVQ, recipe: TokenizerRecipe, accelerator: Accelerator, files: list[Path],
-                 output_dir: Path, perceptual: LPIPS, judge: LPIPS | None, validation: list[Tensor]) -> None:
-        self.recipe, self.accelerator, self.files, self.output_dir = recipe, accelerator, files, output_dir
-        self.judge, self.validation = judge, validation
-        self.step = 0
-        self.warm_latents: list[Tensor] = []
-        self.loss = PerceptualLoss(perceptual).to(accelerator.device)
-        groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": recipe.weight_decay},
-                  {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.99))
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.average = AveragedModel(self._bare_model(), multi_avg_fn=self._average_in)
-        accelerator.register_for_checkpointing(self)
+    blocks = (ResBlock, AttnBlock, Block)
 
-    def _average_in(self, averages: TensorList, current: TensorList, updates: Tensor | int) -> None:
-        # The decay grows with the run, so the first, useless weights are soon forgotten.
-        decay = min(self.recipe.ema_decay, (1 + int(updates)) / (10 + int(updates)))
-        torch._foreach_lerp_(averages, current, 1 - decay)
+    def __init__(self, model: Tokenizer, recipe: TokenizerRecipe, perceptual: LPIPS | None = None,
+                 judge: LPIPS | None = None, validation: Sequence[Tensor] = ()) -> None:
+        if recipe.perceptual_weight and perceptual is None:
+            raise ConfigError("The recipe has a --perceptual_weight; it needs the weights of LPIPS.")
+        critic = make_critic(recipe)
+        views: nn.Module | None = perceptual
+        if perceptual is not None and recipe.random_views:
+            views = PerceptualLoss(perceptual)
+        frozen = {"perceptual": views, "judge": judge}
+        super().__init__({"model": model} | ({} if critic is None else {"discriminator": critic}),
+                         {name: module for name, module in frozen.items() if module is not None})
+        self.recipe, self.tokenizer, self.validation = recipe, model, list(validation)
+        self.quantizer = cast(Any, model.quantizer)
+        if recipe.stage2:
+            for name in FROZEN_IN_STAGE_2:
+                getattr(model, name, nn.Identity()).requires_grad_(False)
+        can_start = hasattr(self.quantizer, "start_from") and not recipe.stage2
+        #: steps without quantization
+        self.continuous_steps = recipe.continuous_steps if can_start else 0
+        self._warm: list[Tensor] = []
+        self._output: Tensor | None = None
+        self._shown: Tensor | None = None
+        self._counts: Tensor | None = None
+        self._last_layer = _last_convolution(model) if critic is not None and recipe.adaptive_weight else None
 
-    def _bare_model(self) -> LocalVQ:
-        return self.accelerator.unwrap_model(self.model)
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def losses(self, player: str, batch: Tensor, step: int) -> dict[str, Tensor]:
+        """batch: (B, 3, S, S) uint8."""
+        if isinstance(batch, tuple | list):  # with labels
+            batch = batch[0]
+        images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+        return self._model_losses(images, step) if player == "model" else self._critic_losses(images, step)
+
+    def _model_losses(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        recipe = self.recipe
+        output, quantized = self.reconstruct(images, step)
+        output = output.float()
+        terms: dict[str, Tensor] = {}
+        if recipe.l1_weight:
+            terms["l1"] = recipe.l1_weight * F.l1_loss(output, images)
+        if recipe.l2_weight:
+            terms["l2"] = recipe.l2_weight * F.mse_loss(output, images)
+        if recipe.perceptual_weight:
+            terms["lpips"] = recipe.perceptual_weight * self.frozen["perceptual"](images, output).mean()
+        if quantized is not None and not recipe.stage2:
+            terms["quantizer"] = recipe.quantizer_weight * quantized.loss
+        if self._judged(step):
+            critic = self.players["discriminator"]
+            fake = critic(output).float()
+            opinion = (hinge_generator_loss(fake) if recipe.gan_loss == "hinge"
+                       else non_saturating_generator_loss(fake, spatial_mean_first=True))
+            weight: float | Tensor = recipe.gan_weight
+            if self._last_layer is not None:
+                reference = sum((terms[name] for name in ("l1", "l2", "lpips") if name in terms), output.new_zeros(()))
+                weight = weight * adaptive_weight_over_ranks(reference, opinion, self._last_layer)
+            terms["gan"] = weight * opinion
+            self._output = output.detach()
+        self._shown = images[:8].detach()
+        return terms
+
+    def _critic_losses(self, images: Tensor, step: int) -> dict[str, Tensor]:
+        if not self._judged(step) or self._output is None:
+            return {}
+        recipe, critic = self.recipe, cast(Critic, self.players["discriminator"])
+        real, fake = critic(images).float(), critic(self._output).float()
+        loss = hinge_discriminator_loss if recipe.discriminator_loss == "hinge" else vanilla_discriminator_loss
+        terms = {recipe.discriminator_loss: loss(real, fake)}
+        if critic.lecam is not None:
+            terms["lecam"] = recipe.lecam_weight * critic.lecam(real, fake)
+        self._output = None
+        return terms
+
+    def _judged(self, step: int) -> bool:
+        return "discriminator" in self.players and step >= self.recipe.gan_start
+
+    def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Quantized | None]:
+        """(output, quantized); None before the codebook's start."""
+        model: Any = self.players["model"]
+        height, width = images.shape[-2:]
+        if self.recipe.stage2:
+            with torch.no_grad():
+                quantized = self._quantize(model.latents(images), height, width)
+            return model.reconstruct(quantized.z_q)[..., :height, :width], quantized
+        if step >= self.continuous_steps:
+            output, quantized = model(images)
+            self._count(quantized.indices, height, width)
+            return output, quantized
+        z = model.latents(images)
+        if step >= self.continuous_steps - START_STEPS:
+            self._remember(z.detach().float())
+        return model.reconstruct(z)[..., :height, :width], None
+
+    def _quantize(self, z: Tensor, height: int, width: int) -> Quantized:
+        model = self.tokenizer
+        scales = (model.scales(height, width),) if isinstance(model, MultiScaleTokenizer) else ()
+        return self.quantizer(z, *scales)
+
+    def train_mode(self) -> None:
+        super().train_mode()
+        if self.recipe.stage2:
+            for name in FROZEN_IN_STAGE_2:
+                getattr(self.tokenizer, name, nn.Identity()).eval()
+
+    def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
+        groups = super().parameter_groups(player, recipe)
+        rate = self.recipe.discriminator_learning_rate
+        if player == "discriminator" and rate:
+            for group in groups:
+                group["share"] = rate / recipe.learning_rate
+        return groups
+
+    # ---- the codebook -----------------------------------------------------------------------------------------------
+
+    def before_step(self, step: int) -> None:
+        """Start the codebook, anneal the entropy weight."""
+        if step == self.continuous_steps and self._warm:
+            latents, self._warm = torch.cat(self._warm), []
+            self._start_codebook(latents)
+        recipe = self.recipe
+        if recipe.entropy_weight >= 0 or recipe.entropy_boost:
+            for quantizer in _with_entropy(self.quantizer):
+                if not hasattr(quantizer, "entropy_of_model"):
+                    quantizer.entropy_of_model = quantizer.entropy
+                weight = quantizer.entropy_of_model if recipe.entropy_weight < 0 else recipe.entropy_weight
+                quantizer.entropy = annealed_entropy_weight(step, weight, recipe.entropy_boost,
+                                                            recipe.entropy_annealing_steps)
+
+    def _remember(self, z: Tensor) -> None:
+        """Keep some latents for the codebook's start: whole maps for a pyramid, else vectors, evenly drawn."""
+        words = max(cast(Sequence[int], self.quantizer.vocab))
+        if not isinstance(self.quantizer, MultiScaleQuantizer):
+            z = z.movedim(1, -1).flatten(0, -2)
+        share = max(1, -(-START_SHARE * words // START_STEPS) // max(1, z[0].numel() // z.shape[1]))
+        self._warm.append(z[:: max(1, len(z) // share)].clone())
+
+    def _start_codebook(self, latents: Tensor) -> None:
+        if not isinstance(self.quantizer, MultiScaleQuantizer):
+            self.quantizer.start_from(latents)
+            return
+        # A pyramid's words stand for means of the map first, and then for what they left over.
+        maps = latents
+        sizes = [(rows, columns) for rows, columns in self._grids(maps)]
+        means = [resize_area(maps, size).flatten(2).transpose(1, 2).flatten(0, 1) for size in sizes]
+        self.quantizer.start_from(torch.cat(means))
+        self.quantizer.start_from(self.quantizer.residuals(maps, sizes).flatten(0, 1))
+
+    def _grids(self, maps: Tensor) -> Sequence[tuple[int, int]]:
+        model = cast(MultiScaleTokenizer, self.tokenizer)
+        return model.scales(maps.shape[-2] * model.downsample, maps.shape[-1] * model.downsample)
+
+    @torch.no_grad()
+    def _count(self, indices: Tensor, height: int, width: int) -> None:
+        """Count the words of a batch, a row for each scale, without waiting for the device."""
+        vocab = self.tokenizer.layout(height, width).vocab
+        scales = self.tokenizer.layout(height, width).scales
+        words = sum(vocab)
+        if words * len(scales) > MAX_WORDS // 16:
+            return
+        offsets = torch.tensor([sum(vocab[:g]) for g in range(len(vocab))], device=indices.device)
+        scale = torch.cat([torch.full((rows * columns,), n) for n, (rows, columns) in enumerate(scales)])
+        places = indices.reshape(len(indices), -1, len(vocab)) + offsets + words * scale.to(indices.device)[:, None]
+        counts = torch.bincount(places.flatten(), minlength=words * len(scales)).view(len(scales), words)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def report(self, step: int) -> dict[str, float]:
+        """Usage and perplexity of the codebook since the last report: means over groups, and for each scale."""
+        if self._counts is None:
+            return {}
+        counts, self._counts = sum_over_ranks(self._counts).double().cpu(), None
+        vocab = list(self.tokenizer.layout(self.recipe.resolution, self.recipe.resolution).vocab)
+        usage, perplexity = _use(counts.sum(0), vocab)
+        result = {"codebook_usage": usage, "codebook_perplexity": perplexity}
+        if len(counts) > 1:
+            result |= {f"scale_{n}_perplexity": _use(row, vocab)[1] for n, row in enumerate(counts)}
+        return result
+
+    # ---- looking at it ----------------------------------------------------------------------------------------------
+
+    def validate(self, average: nn.Module, step: int) -> dict[str, float]:
+        if not self.validation or "judge" not in self.frozen or step < self.continuous_steps:
+            return {}
+        pictures = self.validation[: self.recipe.validation_limit or None]
+        return evaluate(cast(Tokenizer, average), pictures, cast(LPIPS, self.frozen["judge"]))
+
+    def samples(self, average: nn.Module, step: int) -> Tensor | None:
+        """Originals, each beside its reconstruction."""
+        side, model = self.recipe.resolution, cast(Tokenizer, average)
+        device = next(model.parameters()).device
+        large = [v for v in self.validation if min(v.shape[-2:]) >= side][:8]
+        if large:
+            images = torch.stack([v[:, (v.shape[1] - side) // 2 :, (v.shape[2] - side) // 2 :][:, :side, :side]
+                                  for v in large]).to(device)
+        elif self._shown is not None:
+            images = self._shown
+        else:
+            return None
+        if step < self.continuous_steps:
+            return None
+        output = model.decode(model.encode(images), torch.Generator(device).manual_seed(0))
+        return torch.stack([images, output], 1).flatten(0, 1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside model, optimizer and random state."""
-        quantizer = self._bare_model().quantizer
-        return {"step": self.step, "average": self.average.state_dict(), "warm_latents": self.warm_latents,
-                "ema_counts": quantizer.ema_counts, "ema_sums": quantizer.ema_sums}
+        return {"warm": self._warm, "counts": self._counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
-        self.step, self.warm_latents = state["step"], state["warm_latents"]
-        self.average.load_state_dict(state["average"])
-        quantizer = self._bare_model().quantizer
-        quantizer.ema_counts.copy_(state["ema_counts"])
-        quantizer.ema_sums.copy_(state["ema_sums"])
+        device = next(self.tokenizer.parameters()).device
+        self._warm = [z.to(device) for z in state["warm"]]
+        self._counts = None if state["counts"] is None else state["counts"].to(device)
 
-    def train(self, checkpointing_steps: int, validation_steps: int, stop_at: int | None = None) -> LocalVQ:
-        """Run from the current step to the recipe's last, or pause at `stop_at`; the weights' average comes back.
 
-        A checkpoint is written every `checkpointing_steps` and at the end.
-        """
-        recipe, accelerator = self.recipe, self.accelerator
-        final_step = recipe.max_train_steps if stop_at is None else min(stop_at, recipe.max_train_steps)
-        bar = tqdm(total=recipe.max_train_steps, initial=self.step, disable=not accelerator.is_main_process)
-        started, running = time.time(), dict[str, float]()
-        batches = iter(self._loader())
-        while self.step < final_step:
-            if self.step == recipe.continuous_steps and self.warm_latents:
-                self._bare_model().quantizer.start_from(torch.cat(self.warm_latents))
-                self.warm_latents = []
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(self.step)
-            for part in range(recipe.gradient_accumulation_steps):
-                batch = next(batches)  # before seeding: the first one also starts the worker, which draws a number
-                torch.manual_seed(hash((recipe.seed, self.step, part, accelerator.process_index)))
-                with accelerator.accumulate(self.model):
-                    parts = self._losses(batch)
-                    accelerator.backward(sum(parts.values()))
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
-                    self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=True)
-                for name, value in parts.items():
-                    running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-            self.average.update_parameters(self._bare_model())
-            self.step += 1
-            bar.update()
-            if not all(map(math.isfinite, running.values())):
-                raise TrainingError(f"The loss is not finite at step {self.step}: {running}. Resume from the last "
-                                    f"checkpoint with a lower --learning_rate.")
-            if self.step % 20 == 0:
-                bar.set_postfix({k: f"{v:.4f}" for k, v in running.items()})
-            last = self.step == final_step
-            if self.step % validation_steps == 0 or last:
-                self._validate(time.time() - started)
-            if self.step % checkpointing_steps == 0 or last:
-                accelerator.save_state(str(self.output_dir / "checkpoint"))
-        bar.close()
-        return cast(LocalVQ, self.average.module)
+def adaptive_weight_over_ranks(reference: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """`vtc.tokenizers.losses.adaptive_weight` with the gradients of all processes' batches together."""
+    (towards,) = torch.autograd.grad(reference, last_layer, retain_graph=True)
+    (against,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    towards, against = (mean_over_ranks(g.float().contiguous()) for g in (towards, against))
+    return (towards.norm() / (against.norm() + 1e-4)).clamp(max=1e4).detach()
 
-    def _loader(self) -> DataLoader[Tensor]:
-        recipe = self.recipe
-        per_step = recipe.train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
-        crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
-        numbers = range(self.step * per_step, recipe.max_train_steps * per_step)
-        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=numbers, num_workers=1,
-                                                   prefetch_factor=8, drop_last=True))
 
-    def _losses(self, batch: Tensor) -> dict[str, Tensor]:
-        """The weighted terms for a (B, 3, S, S) uint8 batch."""
-        recipe = self.recipe
-        images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
-        quantize = self.step >= recipe.continuous_steps
-        with self.accelerator.autocast():
-            output, quantized = self.model(images, quantize=quantize)
-            perceptual = self.loss(images, output)
-        if not quantize and self.step >= recipe.continuous_steps - 50:
-            self.warm_latents.append(quantized.z_q.detach().movedim(1, -1).flatten(0, -2))
-        return {"l1": recipe.l1_weight * F.l1_loss(output.float(), images),
-                "lpips": recipe.perceptual_weight * perceptual, "commit": quantized.loss}
+def _last_convolution(model: nn.Module) -> Tensor:
+    convolutions = [m for m in getattr(model, "decoder", model).modules() if isinstance(m, nn.Conv2d)]
+    return convolutions[-1].weight
 
-    def _validate(self, seconds: float) -> None:
-        if self.judge is None or not self.accelerator.is_main_process:
-            return
-        model = cast(LocalVQ, self.average.module).eval()
-        result = {"step": self.step, "seconds": round(seconds), **evaluate(model, self.validation, self.judge)}
-        tqdm.write(json.dumps(result))
-        with (self.output_dir / "validation.jsonl").open("a") as log:
-            log.write(json.dumps(result) + "\n")
+
+def _with_entropy(quantizer: nn.Module) -> list[Any]:
+    """The quantizers in a quantizer that have an entropy weight."""
+    return [module for module in quantizer.modules() if isinstance(getattr(module, "entropy", None), float | int)]
+
+
+def _use(counts: Tensor, vocab: Sequence[int]) -> tuple[float, float]:
+    """(usage, perplexity), means over the groups, of their counts side by side."""
+    usage, perplexity = [], []
+    for part in counts.split(list(vocab)):
+        p = part / part.sum().clamp(min=1)
+        usage.append((part > 0).double().mean())
+        perplexity.append(torch.exp(-torch.xlogy(p, p).sum()))
+    return torch.stack(usage).mean().item(), torch.stack(perplexity).mean().item()
