@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
-from vtc.generators.blocks import Attend, FeedForward, SelfAttention, dense_attention, modulate
+from vtc.generators.blocks import Attend, FeedForward, SelfAttention, attention_by_scale, modulate
 from vtc.generators.generate import Scale, draw_scales
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.schedule import Schedule
@@ -163,8 +163,7 @@ class VAR(nn.Module, PretrainedMixin):
         count = ends.index(codes.shape[1]) + 1
         later = codes.split(sizes[1:count], 1)
         x = torch.cat([self.embed_step(None if i == 0 else later[i - 1], labels, i) for i in range(count)], 1)
-        step = torch.repeat_interleave(torch.tensor(sizes[:count], device=x.device))
-        return self.logits(x, self.modulation(labels), dense_attention(step[:, None] >= step))
+        return self.logits(x, self.modulation(labels), attention_by_scale(sizes[:count]))
 
     def step(self, codes: Tensor | None, labels: Tensor, modulation: Modulation, cache: KVCache, step: int) -> Tensor:
         """One scale of a generation: logits (B, n, V). `modulation` is that of the labels."""
@@ -182,8 +181,7 @@ class VAR(nn.Module, PretrainedMixin):
         generators, given, callback: of `draw_scales`. Raises ConfigError where tokenizer, labels or cache do not fit.
         """
         self.check_tokenizer(tokenizer)
-        if labels.ndim != 1 or labels.min() < 0 or labels.max() > self.classes:
-            raise ConfigError(f"Labels are (B,) numbers from 0 to {self.classes - 1} ({self.classes}: no class).")
+        self.check_labels(labels)
         cache = KVCache(self.schedule()) if cache is None else cache
         both = torch.cat([labels, torch.full_like(labels, self.classes)]) if guidance.active else labels
         modulation = self.modulation(both)
@@ -194,6 +192,11 @@ class VAR(nn.Module, PretrainedMixin):
         side = self.sides[-1] * tokenizer.downsample
         tokens = Tokens(indices[..., None], TokenLayout(self.schedule().sizes, tokenizer.vocab), side, side)
         return tokens, tokenizer.reconstruct(total).clamp(0, 1)
+
+    def check_labels(self, labels: Tensor) -> None:
+        """Raise ConfigError unless labels are (B,) classes, or the number that means none."""
+        if labels.ndim != 1 or labels.min() < 0 or labels.max() > self.classes:
+            raise ConfigError(f"Labels are (B,) numbers from 0 to {self.classes - 1} ({self.classes}: no class).")
 
     def check_tokenizer(self, tokenizer: MultiScaleTokenizer) -> None:
         """Raise ConfigError unless the model's words are the tokenizer's."""

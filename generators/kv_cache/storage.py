@@ -119,8 +119,8 @@ class MixedBuffer:
     def split(self, fine: Tensor) -> None:
         """Store the tokens `fine`, (B, h, m), finely and the others coarsely."""
         x = self.read(torch.float32 if self.waiting is None else self.waiting.dtype)
-        coarse = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device).scatter(2, fine, False)
-        order = torch.cat([fine, coarse.nonzero()[:, 2].view(*x.shape[:2], -1)], 2)
+        coarse = torch.ones(x.shape[:3], dtype=torch.uint8, device=x.device).scatter(2, fine, 0)
+        order = coarse.argsort(-1, stable=True)  # the fine ones first; how many there are needs no look at the device
         self.fine, self.coarse = TokenBuffer(self.storage.fine), TokenBuffer(self.storage.coarse)
         self.fine.append(gather(x, order[..., : fine.shape[2]]))
         self.coarse.append(gather(x, order[..., fine.shape[2] :]))
