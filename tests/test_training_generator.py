@@ -225,7 +225,7 @@ def test_the_script_trains_from_pictures_to_a_folder_that_draws(pack, tmp_path):
 
 
 def test_mistakes_are_said(pack, tmp_path, text_file):
-    with pytest.raises(FileError, match="no folders of pictures"):
+    with pytest.raises(ConfigError, match="There is no"):
         labelled_images(tmp_path / "nothing")
     with pytest.raises(FileError, match="split 'test'"):
         labelled_images(pack, "test")
@@ -242,12 +242,14 @@ def test_mistakes_are_said(pack, tmp_path, text_file):
 def test_class_folders_and_a_pack_give_the_same_pictures(pack, tmp_path):
     packed = labelled_images(pack)
     for n in range(len(packed)):
-        name, label, data = packed.read(n)
+        _, label, data = packed.read(n)
         folder = tmp_path / "folders" / "train" / packed.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{n}.png").write_bytes(data)
-        assert name == f"{packed.classes[label]}/{n:07}"
     folders = labelled_images(tmp_path / "folders")
-    assert folders.classes == packed.classes and folders.labels.tolist() == packed.labels.tolist()
+    assert folders.classes == packed.classes == ("cat", "dog")
+    assert folders.labels.tolist() == packed.labels.tolist() == [0, 0, 1, 1]
     assert torch.equal(folders.pictures(32), packed.pictures(32))
     assert folders.pictures(32).shape == (4, 3, 32, 32)
+    with pytest.raises(ConfigError, match="no classes"):
+        labelled_images(tmp_path / "folders" / "train" / "cat")
