@@ -74,6 +74,8 @@ def adaptive_weight(reference: Tensor, adversarial: Tensor, last_layer: Tensor, 
     """
     (towards,) = torch.autograd.grad(reference, last_layer, retain_graph=True)
     (against,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    # several processes have one batch between them
+    towards, against = (mean_over_ranks(gradient.float().contiguous()) for gradient in (towards, against))
     norm = against.norm()
     if compat not in ("taming", "sc_vae"):
         raise ConfigError(f"compat is 'taming' or 'sc_vae', not {compat!r}.")

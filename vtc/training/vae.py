@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -37,8 +36,8 @@ from vtc.tokenizers.losses import (
 )
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.patch_vae import PatchVAE, Residual
-from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
+from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe, VAERecipe
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -156,60 +155,6 @@ def teacher_features(teacher: ScaleConsistentVAE, images: Tensor) -> Tensor:
     return teacher.decode_with_features(cast(Any, teacher).encode(images).latent_dist.sample()).features
 
 
-# ---- recipes --------------------------------------------------------------------------------------------------------
-
-@dataclass
-class VAERecipe(Recipe):
-    """What both kinds of training take."""
-
-    pixel: str = flag("l1", "error of the pixels", ("l1", "l2"))
-    pixel_weight: float = flag(1.0, "of the pixels' error, images in [-1, 1]")
-    perceptual_weight: float = flag(1.0, "of LPIPS; 0 needs no weights")
-    adversarial_weight: float = flag(0.5, "of the adversarial term, after it was balanced; 0: no discriminator")
-    discriminator_channels: int = flag(64, "of its first layer (PatchGAN), of its last (SpectralDiscriminator)")
-    discriminator_layers: int = flag(3, "of stride 2")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (field.name for field in fields(self) if field.name.endswith("_weight")):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"--{name} is not below 0, which {getattr(self, name)} is.")
-        if min(self.discriminator_channels, self.discriminator_layers) < 1:
-            raise ConfigError("A discriminator has at least one channel and one layer.")
-
-
-@dataclass
-class KLRecipe(VAERecipe):
-    """The defaults are those of the autoencoder kl-f8 of latent diffusion, but for its batch and rate."""
-
-    kl_weight: float = flag(1e-6, "of the divergence from N(0, 1), in nats a colour value")
-    discriminator_start: int = flag(50_001, "step from which on it takes part")
-    discriminator_norm: str = flag("batch", "norm of PatchGAN", ("batch", "group", "none"))
-    eq_prior: float = flag(1.0, "share of steps on images as they are; 0.5 is EQ-VAE, 1 a plain KL-VAE")
-    eq_downscale: float = flag(0.25, "share of those steps on images that were made smaller, where eq_prior is below 1")
-    quantization_step: float = flag(1.0, "width of PatchVAE's posterior")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("eq_prior", "eq_downscale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"--{name} is a share, from 0 to 1, not {getattr(self, name)}.")
-
-
-@dataclass
-class ScaleConsistentRecipe(VAERecipe):
-    """The defaults are those of SC-VAE's published script."""
-
-    pixel: str = flag("l2", "error of the pixels", ("l1", "l2"))
-    perceptual_weight: float = flag(0.1, "of LPIPS; 0 needs no weights")
-    adversarial_weight: float = flag(0.05, "of the adversarial term, after it was balanced; 0: no discriminator")
-    consistency_weight: float = flag(1.0, "of the squared distance from the teacher's features")
-    penalty_weight: float = flag(10.0, "of the discriminator's gradient penalty")
-    discriminator_channels: int = flag(512, "of its last layers")
-    discriminator_layers: int = flag(6, "of stride 2")
-    alternate: bool = flag(True, "decoder and discriminator take turns, step by step; else both learn in every step")
-
-
 # ---- tasks ----------------------------------------------------------------------------------------------------------
 
 class VAETask(Task):
@@ -292,7 +237,7 @@ class KLTask(VAETask):
                  perceptual: nn.Module | None, validation: Sequence[Tensor] = ()) -> None:
         self.recipe = recipe
         super().__init__(model, recipe, discriminator, perceptual, validation)
-        self._images = self._output = torch.zeros(0)
+        self._images = self._output = torch.zeros(0)  # of the model's turn, for the discriminator's
 
     def losses(self, player: str, batch: Any, step: int) -> dict[str, Tensor]:
         with_adversary = "discriminator" in self.players and step >= self.recipe.discriminator_start

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -30,8 +29,10 @@ from vtc.tokenizers.base import Latents
 from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder
 from vtc.tokenizers.wavelet_loss import WaveletLoss, estimate_clean
 from vtc.torchvision_guard import ensure_torchvision_imports
-from vtc.training.recipe import Recipe, flag
+from vtc.training.data import RandomCrops
+from vtc.training.sources import Pictures
 from vtc.training.task import Task
+from vtc.training.wlf_recipe import WLFRecipe
 
 ensure_torchvision_imports()  # diffusers imports torchvision where it is installed
 
@@ -103,6 +104,10 @@ class FlowTransformer(nn.Module):
             return cls(TRANSFORMERS[name](**config), guidance)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{path} is no configuration of {' or '.join(TRANSFORMERS)} ({error}).") from error
+
+    def enable_gradient_checkpointing(self) -> None:
+        """diffusers' own."""
+        self.model.enable_gradient_checkpointing()
 
     def save(self, directory: Path) -> None:
         """A folder of diffusers."""
@@ -197,46 +202,43 @@ def draw_sigmas(count: int, sampling: Sampling, shift: float = 1.0, mean: float 
 
 # ---- training -------------------------------------------------------------------------------------------------------
 
-@dataclass
-class WLFRecipe(Recipe):
-    """The defaults of loss and times are those of the published script for Flux."""
-
-    wavelet: str = flag("haar", "of PyWavelets")
-    wavelet_levels: int = flag(1, "how often the low-pass band is split again")
-    band_weights: tuple[float, ...] = flag((1.0, 1.0, 1.0, 1.0), "of A, H, V and D; equal ones are the plain squared "
-                                                                 "error, larger ones of H, V and D stress details")
-    timestep_sampling: str = flag("uniform", "how random times are spread", ("uniform", "logit_normal", "mode"))
-    logit_mean: float = flag(0.0, "of logit_normal")
-    logit_deviation: float = flag(1.0, "of logit_normal")
-    sigma_shift: float = flag(1.0, "towards noise, for large pictures; 3 for SD3")
-    loss_weighting: str = flag("none", "weight of a time, as in SD3's training", ("none", "sigma_sqrt", "cosmap"))
-    guidance: float = flag(3.5, "that a distilled Flux is told")
-    sample_steps: int = flag(20, "of Euler's method, for the sample grid; 0: no grid")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.logit_deviation > 0 or not self.sigma_shift > 0:
-            raise ConfigError("--logit_deviation and --sigma_shift are above 0.")
-        if self.sample_steps < 0:
-            raise ConfigError(f"--sample_steps is at least 0, not {self.sample_steps}.")
-
-
 class PromptedPictures(Dataset[dict[str, Tensor]]):
-    """Sample n of a run: a random crop, and the embeddings of the prompt of its picture.
+    """Sample n of a run: a random crop, and the embeddings of the prompt of the picture that it was cut from.
 
-    pictures: numbered crops whose `file_of(n)` says which file a sample is of. folder: that prompts' names begin at.
+    pictures: any source of `vtc.training.sources`; the other arguments but `prompts` are of `RandomCrops`.
     Item: pixels (3, S, S) uint8, prompt (T, D), pooled (P,).
+    Raises ConfigError where a picture has no prompt; some are looked at in the beginning.
     """
 
-    def __init__(self, pictures: Any, prompts: PromptEmbeddings, rows: Sequence[int]) -> None:
-        self.pictures, self.prompts, self.rows = pictures, prompts, rows
+    def __init__(self, pictures: Pictures, prompts: PromptEmbeddings, resolution: int, seed: int,
+                 min_scale: float = 0.6) -> None:
+        self.source, self.prompts = _Remembering(pictures), prompts
+        self.crops = RandomCrops(self.source, resolution, seed, min_scale)
+        for n in range(0, len(pictures), -(-len(pictures) // 100)):
+            prompts.row(pictures.read(n)[0])
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        pixels = self.crops[n]
+        prompt, pooled = self.prompts.read(self.prompts.row(self.source.last))
+        return {"pixels": pixels, "prompt": prompt, "pooled": pooled}
+
+
+class _Remembering:
+    """A source that knows the key of the picture that it gave last: that of a crop, for a broken one is skipped."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures, self.classes, self.last = pictures, pictures.classes, ""
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, n: int) -> dict[str, Tensor]:
-        prompt, pooled = self.prompts.read(self.rows[self.pictures.picture_of(n)])
-        return {"pixels": self.pictures[n], "prompt": prompt, "pooled": pooled}
+    def read(self, n: int) -> tuple[str, int, Path | bytes]:
+        found = self.pictures.read(n)
+        self.last = found[0]
+        return found
 
 
 class WLFTask(Task):
@@ -255,6 +257,15 @@ class WLFTask(Task):
         if channels != transformer.latent_channels:
             raise ConfigError(f"The autoencoder's latents have {channels} channels, and the transformer takes "
                               f"{transformer.latent_channels}; choose two that belong together.")
+
+    def check(self, prompts: PromptEmbeddings) -> None:
+        """Raises ConfigError where the prompts are not of the widths that the transformer takes."""
+        config = cast(FlowTransformer, self.model).model.config
+        widths = prompts.prompt_shape[-1], prompts.pooled_shape[-1]
+        wanted = config.joint_attention_dim, config.pooled_projection_dim
+        if widths != wanted:
+            raise ConfigError(f"{prompts.path} holds prompts of the widths {widths} (each word, pooled), and the "
+                              f"transformer takes {wanted}; embed them by the text encoders that belong to it.")
 
     def losses(self, player: str, batch: Any, step: int) -> dict[str, Tensor]:
         recipe = self.recipe
