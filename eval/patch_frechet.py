@@ -41,6 +41,17 @@ class PatchFrechetDistance(FrechetDistance):
     """`FrechetDistance` over the `patches` of pictures of any size, as "patch_fid" or "patch_fd_<name>".
 
     batch_size: how many patches go through the network at once.
+
+    >>> class Means(nn.Module):
+    ...     name, num_features = "means", 3
+    ...     def forward(self, images):
+    ...         return images.mean((2, 3))
+    >>> images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) / 2
+    >>> metric = PatchFrechetDistance(Means(), size=4)
+    >>> metric.update(images, real=True)
+    >>> metric.update(images + 0.5, real=False)
+    >>> metric.metric_name, metric.compute()
+    ('patch_fd_means', tensor(0.7500, dtype=torch.float64))
     """
 
     def __init__(self, extractor: nn.Module, size: int = 256, batch_size: int = 32) -> None:
@@ -58,3 +69,11 @@ class PatchFrechetDistance(FrechetDistance):
         check_images(images)
         for part in patches(images, self.size).split(self.batch_size):
             self.update_features(self.extractor(part), real)
+
+
+def patch_frechet_distance(preds: Tensor, target: Tensor, extractor: nn.Module, size: int = 256) -> float:
+    """Of the patches of two batches, (B, 3, H, W) in [0, 1], over the features of a network."""
+    metric = PatchFrechetDistance(extractor, size)
+    metric.update(target, real=True)
+    metric.update(preds, real=False)
+    return metric.compute().item()

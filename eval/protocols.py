@@ -6,10 +6,12 @@ numbers of two protocols do not stand in one column.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import zipfile
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -17,7 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vtc.errors import ConfigError, ImageError
+from vtc.errors import ConfigError, FileError, ImageError
+from vtc.files import reason
 
 Rounding = Literal["nearest", "truncate", "none"]
 
@@ -96,12 +99,46 @@ def protocol(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
-def export_samples(path: str | Path, images: Sequence[np.ndarray]) -> None:
-    """Write uint8 pictures (H, W, 3) of one size as the `.npz` that ADM's evaluator reads: arr_0, (N, H, W, 3)."""
-    shapes = {image.shape for image in images}
-    if len(shapes) != 1 or any(image.dtype != np.uint8 for image in images):
-        raise ImageError(f"Samples for ADM's evaluator are uint8 pictures of one size, not {sorted(shapes)}.")
-    np.savez(path, np.stack(images))
+def export_samples(path: str | Path, images: Iterable[np.ndarray], count: int | None = None) -> None:
+    """Write uint8 pictures (H, W, 3) of one size as the `.npz` that ADM's evaluator reads: arr_0, (N, H, W, 3).
+
+    count: how many `images` gives; with it they are written as they come, and only one is in memory. The file is
+    written beside `path` and renamed. Raises ImageError for pictures of other kinds or sizes or of another number.
+    """
+    if count is None:
+        images = list(images)
+        count = len(images)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w",
+                                                                                     force_zip64=True) as stream:
+            _write_samples(stream, images, count)
+        os.replace(part, path)
+    except FileError:  # of a picture
+        raise
+    except OSError as error:
+        raise FileError(f"The samples cannot be written to {path}: {reason(error)}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_samples(stream: IO[bytes], images: Iterable[np.ndarray], count: int) -> None:
+    shape: tuple[int, ...] | None = None
+    written = 0
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or (shape is not None and image.shape != shape):
+            raise ImageError("Samples for ADM's evaluator are uint8 pictures (H, W, 3) of one size, not "
+                             f"{image.dtype} {image.shape}{f' after {shape}' if shape else ''}: take a protocol "
+                             "that crops.")
+        if shape is None:
+            shape = image.shape
+            np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False,
+                                                          "shape": (count, *shape)})
+        stream.write(np.ascontiguousarray(image).tobytes())
+        written += 1
+    if not written or written != count:
+        raise ImageError(f"There are {written} samples for ADM's evaluator, where {count} were said.")
 
 
 def _rounded(images: Tensor, rounding: Rounding) -> Tensor:

@@ -20,6 +20,8 @@ from vtc.eval.psnr import mean_squared_error, peak_signal_noise_ratio
 
 Codec = Callable[[Tensor], Tensor]
 
+SCALES = (Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))
+
 
 class ScaleConsistency(NamedTuple):
     """At one scale; sums are taken over all images before dividing.
@@ -47,6 +49,16 @@ class ScaleConsistencyProbe(Metric):
 
     encode: images (B, 3, H, W) in [0, 1] to latents (B, d, h, w). decode: latents to images.
     scales: fractions below 1; the sides of the images must be such that pixels and latents scale to whole grids.
+
+    >>> def halve(x):
+    ...     return F.avg_pool2d(x, 2)
+    >>> def double(z):
+    ...     return F.interpolate(z, scale_factor=2)
+    >>> probe = ScaleConsistencyProbe(halve, double, [Fraction(1, 2)])
+    >>> probe.update(torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    >>> found = probe.compute()["1/2"]
+    >>> 0 < found.latent_error < 0.01 and found.decode_psnr > found.decoded_latent_psnr
+    True
     """
 
     is_differentiable = False
@@ -55,7 +67,7 @@ class ScaleConsistencyProbe(Metric):
     count: Tensor
 
     def __init__(self, encode: Codec, decode: Codec,
-                 scales: Sequence[Fraction] = (Fraction(3, 4), Fraction(1, 2), Fraction(1, 4))) -> None:
+                 scales: Sequence[Fraction] = SCALES) -> None:
         super().__init__()
         if not scales or not all(0 < scale < 1 for scale in scales):
             raise ConfigError(f"Scales are fractions between 0 and 1, not {list(map(str, scales))}.")
@@ -89,6 +101,14 @@ class ScaleConsistencyProbe(Metric):
         error = self.sums[:, 0] / self.sums[:, 1]
         return {str(scale): ScaleConsistency(error[i].item(), *psnr[i].tolist())
                 for i, scale in enumerate(self.scales)}
+
+
+def scale_consistency(images: Tensor, encode: Codec, decode: Codec,
+                      scales: Sequence[Fraction] = SCALES) -> dict[str, ScaleConsistency]:
+    """`ScaleConsistencyProbe` of one batch, (B, 3, H, W) in [0, 1]."""
+    probe = ScaleConsistencyProbe(encode, decode, scales)
+    probe.update(images)
+    return probe.compute()
 
 
 def estimate_shift(preds: Tensor, target: Tensor, max_shift: int = 8) -> Tensor:

@@ -13,6 +13,7 @@ from vtc.errors import ConfigError, FileError, ImageError, ModelError
 from vtc.eval.features import Inception, InceptionNetwork, PooledFeatures, tensorflow_bilinear
 from vtc.eval.frechet import (
     FrechetDistance,
+    _congruent,
     feature_statistics,
     frechet_distance,
     load_statistics,
@@ -50,6 +51,16 @@ def test_frechet_distance_equals_the_fixtures(case):
     # With fewer vectors than dimensions the square roots of the zero eigenvalues are rounding noise.
     tolerance = 2e-6 if expected["rank_deficient"] else 1e-9
     assert distance == pytest.approx(expected["pytorch_fid_0_3_0_sqrtm"], abs=tolerance)
+
+
+@pytest.mark.parametrize("triangular", [True, False])
+def test_the_product_in_blocks_is_the_product(triangular):
+    """A size that no block divides; only the lower triangle is asked for."""
+    generator = torch.Generator().manual_seed(0)
+    factor, root = (torch.randn(11, 11, dtype=torch.float64, generator=generator) for _ in range(2))
+    factor, symmetric = factor.tril() if triangular else factor, root @ root.T
+    found = _congruent(factor, symmetric, triangular, block=4)
+    torch.testing.assert_close(found.tril(), (factor.T @ symmetric @ factor).tril(), rtol=1e-12, atol=1e-12)
 
 
 def test_frechet_distance_equals_scipy_sqrtm():
@@ -312,5 +323,13 @@ def test_samples_for_adm(tmp_path):
     pictures = [np.full((4, 5, 3), i, np.uint8) for i in range(3)]
     export_samples(tmp_path / "samples.npz", pictures)
     assert np.array_equal(np.load(tmp_path / "samples.npz")["arr_0"], np.stack(pictures))
-    with pytest.raises(ImageError, match="one size"):
-        export_samples(tmp_path / "samples.npz", [pictures[0], pictures[1][:2]])
+    export_samples(tmp_path / "streamed.npz", iter(pictures), count=3)
+    assert np.array_equal(np.load(tmp_path / "streamed.npz")["arr_0"], np.stack(pictures))
+    before = (tmp_path / "samples.npz").read_bytes()
+    for bad, count in (([pictures[0], pictures[1][:2]], None), (pictures, 4), ([], None), ([pictures[0] / 255], None)):
+        with pytest.raises(ImageError, match=r"one size|samples"):
+            export_samples(tmp_path / "samples.npz", bad, count)
+    assert (tmp_path / "samples.npz").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["samples.npz", "streamed.npz"]
+    with pytest.raises(FileError, match="cannot be written"):
+        export_samples(tmp_path / "nowhere" / "samples.npz", pictures)

@@ -10,7 +10,15 @@ from safetensors.numpy import load_file
 from tests.shared import SHARED, needs_shared
 from vtc.errors import ConfigError, ImageError
 from vtc.eval import glcm
-from vtc.eval.glcm import CompressionRatio, GLCMScore, glcm_patch_scores, glcm_score, grey_levels, jpeg_bytes
+from vtc.eval.glcm import (
+    CompressionRatio,
+    GLCMScore,
+    compression_ratio,
+    glcm_patch_scores,
+    glcm_score,
+    grey_levels,
+    jpeg_bytes,
+)
 
 FIXTURES = SHARED / "fixtures" / "scvae"
 
@@ -76,6 +84,9 @@ def test_metrics_average_images_and_sum_bytes():
     ratio = CompressionRatio()
     ratio.update(images)
     assert ratio.compute().item() == pytest.approx(2 * 3 * 64 * 130 / sum(jpeg_bytes(p) for p in pixels))
+    assert compression_ratio(pixels) == pytest.approx(ratio.compute().item())
+    with pytest.raises(ConfigError, match="no pictures"):
+        compression_ratio([])
 
 
 def test_sizes_and_forms_are_checked():

@@ -14,8 +14,14 @@ from vtc.errors import ConfigError, ImageError, ModelError
 from vtc.eval.dists import DISTS, DeepImageStructureAndTextureSimilarity
 from vtc.eval.features import PooledFeatures
 from vtc.eval.frechet import feature_statistics, frechet_distance
-from vtc.eval.patch_frechet import PatchFrechetDistance, patches
-from vtc.eval.scale_consistency import ScaleConsistencyProbe, downscale, estimate_shift, tiling_error
+from vtc.eval.patch_frechet import PatchFrechetDistance, patch_frechet_distance, patches
+from vtc.eval.scale_consistency import (
+    ScaleConsistencyProbe,
+    downscale,
+    estimate_shift,
+    scale_consistency,
+    tiling_error,
+)
 from vtc.eval.wavelet_bands import WaveletBandEnergies, band_energies, haar_bands
 from vtc.tokenizers.lpips import BACKBONES
 
@@ -77,6 +83,7 @@ def test_patch_distance_is_the_distance_of_the_patches():
     expected = frechet_distance(*(feature_statistics(network(patches(x, 32))) for x in (real, fake)))
     assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
     assert metric.metric_name == "patch_fd_squeezenet1_1_features_pool"
+    assert patch_frechet_distance(fake, real, network, 32) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 12), (7, 9)])
@@ -137,6 +144,7 @@ def test_the_probe_by_hand():
 
     assert result.decoded_latent_psnr == pytest.approx(psnr(decode(downscale(z, half)), small), abs=1e-4)
     assert result.decode_psnr == pytest.approx(psnr(downscale(decode(z), half), decode(encode(small))), abs=1e-4)
+    assert scale_consistency(images, encode, decode, [half])["1/2"] == pytest.approx(result)
     with pytest.raises(ImageError, match="whole"):
         probe.update(torch.zeros(1, 3, 95, 96))
     with pytest.raises(ConfigError):

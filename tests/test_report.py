@@ -156,6 +156,23 @@ def test_a_page_of_one_picture_and_one_method():
     assert len(parsed.all("article")) == 1
 
 
+def test_tokens_are_shown_as_a_language():
+    """Four curves with the shuffled tokens dashed beside, and the table; a method without tokens has neither."""
+    from vtc.eval.token_statistics import token_statistics
+
+    grids = [np.random.default_rng(seed).integers(8, size=(6, 5)) for seed in range(4)]
+    methods = [method("tokens", 0.1, [20.0]), method("peer", 0.1, [21.0])]
+    methods[0].results["codebook_usage"] = Result(1.0, 4, "set")
+    methods[0].extra["token_statistics"] = token_statistics(grids, 8).to_json()
+    text = page(methods, ABOUT, [])
+    parsed = Parsed(text)
+    assert len(parsed.all("svg")) == 1 + 4  # PSNR over the rate, and the tokens'
+    assert text.count('class="line dashed"') == 4
+    assert "120" in parsed.text and "entropy, Grassberger" in parsed.text and "Heaps exponent (R2)" in parsed.text
+    del methods[0].extra["token_statistics"]
+    assert "as a language" not in Parsed(page(methods, ABOUT, [])).text
+
+
 def test_curves_and_savings_of_families():
     rates = (0.1, 0.2, 0.4)
     methods = [method(f"{family} at {rate}", rate * scale, [20 + 10 * np.log10(rate * 10)] * 2, family)

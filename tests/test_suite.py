@@ -271,6 +271,51 @@ def test_a_tokenizer_has_a_nominal_rate(folders, run):
     assert "bits_per_pixel" not in values(method)
 
 
+def test_tokens_are_measured_as_a_language(folders, run):
+    """Of a codec and of a tokenizer, which have the same tokens: the statistics are those of the grids, row by row."""
+    from vtc.eval.token_statistics import TokenStatistics, token_statistics
+
+    done = run("--codec", folders / "model", "--tokenizer", folders / "model", "--data", folders / "ref", "--metrics",
+               "codebook", "--json")
+    assert done.code == 0, done.err
+    tokenizer = LocalVQ.from_pretrained(folders / "model")
+    paths = [folders / "ref" / f"{name}.png" for name in ("0", "1", "below/2")]
+    grids = [tokenizer.encode(load_image(path).tensor()[None]).grids()[-1][0, :, :, 0].numpy() for path in paths]
+    expected = token_statistics(grids, 32)
+    for method in done.data["methods"]:
+        assert TokenStatistics.from_json(method["extra"]["token_statistics"]) == expected
+        assert expected.tokens == values(method)["codebook_tokens"] and expected.above_and_left is not None
+    with pytest.raises(ConfigError, match="not what token_statistics"):
+        TokenStatistics.from_json({"tokens": 3})
+
+
+def test_no_more_tokens_are_kept_than_statistics_take(monkeypatch):
+    from vtc.eval import measures
+
+    monkeypatch.setattr(measures, "MOST_TOKENS", 10)
+    words = measures.build("codebook").collector({"vocab": [4, 8]})
+    for seed in range(4):  # two scales, 1x1 and 2x3, and two groups
+        tokens = np.random.default_rng(seed).integers(4, size=(7, 2)).astype(np.int32)
+        words.add({"tokens": tokens, "grid": np.array([2, 3])})
+        assert np.array_equal(words.documents[min(seed, 1)], tokens[1:, 0].reshape(2, 3)) or seed > 1
+    found = words.results()
+    assert found["codebook_tokens"] == 28
+    assert found["token_statistics"]["tokens"] == 12 and found["token_statistics"]["documents"] == 2
+
+
+def test_samples_for_adm_and_the_networks_stride(folders, run, tmp_path):
+    done = run("--codec", folders / "model", "--data", folders / "ref", "--protocol", "adm", "--size", "64",
+               "--metrics", "psnr,lattice", "--samples", tmp_path / "samples.npz", "--json")
+    assert done.code == 0, done.err
+    samples = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert samples.shape == (3, 64, 64, 3) and samples.dtype == np.uint8
+    conditions = done.data["methods"][0]["conditions"]
+    assert conditions["metrics"]["lattice"] == {"period": 16}
+    done = run("--codec", folders / "model", "--data", folders / "ref", "--metrics", "psnr", "--samples",
+               tmp_path / "samples.npz")
+    assert done.code == 1 and "take a protocol that crops" in done.err and "Traceback" not in done.err
+
+
 def test_compressai_by_name_and_weights(folders, run, tmp_path):
     compressai = pytest.importorskip("compressai.models")
     torch.manual_seed(0)

@@ -126,6 +126,7 @@ _MODULE_OF = {
     "codebook_usage": "vtc.eval.codebook",
     "CodebookUsage": "vtc.eval.codebook",
     "CodebookUsageMetric": "vtc.eval.codebook",
+    "compression_ratio": "vtc.eval.glcm",
     "CompressionRatio": "vtc.eval.glcm",
     "deep_image_structure_and_texture_similarity": "vtc.eval.dists",
     "DeepImageStructureAndTextureSimilarity": "vtc.eval.dists",
@@ -157,6 +158,7 @@ _MODULE_OF = {
     "MultiscaleStructuralSimilarity": "vtc.eval.ssim",
     "padded_structural_similarity": "vtc.eval.ssim",
     "PaddedStructuralSimilarity": "vtc.eval.ssim",
+    "patch_frechet_distance": "vtc.eval.patch_frechet",
     "PatchFrechetDistance": "vtc.eval.patch_frechet",
     "peak_signal_noise_ratio": "vtc.eval.psnr",
     "PeakSignalNoiseRatio": "vtc.eval.psnr",
@@ -167,6 +169,7 @@ _MODULE_OF = {
     "Protocol": "vtc.eval.protocols",
     "protocol": "vtc.eval.protocols",
     "save_statistics": "vtc.eval.frechet",
+    "scale_consistency": "vtc.eval.scale_consistency",
     "ScaleConsistencyProbe": "vtc.eval.scale_consistency",
     "structural_similarity": "vtc.eval.ssim",
     "StructuralSimilarity": "vtc.eval.ssim",
@@ -252,6 +255,7 @@ if TYPE_CHECKING:
     from vtc.eval.frechet import save_statistics as save_statistics
     from vtc.eval.glcm import CompressionRatio as CompressionRatio
     from vtc.eval.glcm import GLCMScore as GLCMScore
+    from vtc.eval.glcm import compression_ratio as compression_ratio
     from vtc.eval.glcm import glcm_score as glcm_score
     from vtc.eval.kid import KernelInceptionDistance as KernelInceptionDistance
     from vtc.eval.kid import kernel_distance as kernel_distance
@@ -262,6 +266,7 @@ if TYPE_CHECKING:
     from vtc.eval.lpips import LearnedPerceptualImagePatchSimilarity as LearnedPerceptualImagePatchSimilarity
     from vtc.eval.lpips import learned_perceptual_image_patch_similarity as learned_perceptual_image_patch_similarity
     from vtc.eval.patch_frechet import PatchFrechetDistance as PatchFrechetDistance
+    from vtc.eval.patch_frechet import patch_frechet_distance as patch_frechet_distance
     from vtc.eval.precision_recall import PrecisionRecallMetric as PrecisionRecallMetric
     from vtc.eval.precision_recall import precision_recall as precision_recall
     from vtc.eval.protocols import Protocol as Protocol
@@ -272,6 +277,7 @@ if TYPE_CHECKING:
     from vtc.eval.psnr import peak_signal_noise_ratio as peak_signal_noise_ratio
     from vtc.eval.scale_consistency import ScaleConsistencyProbe as ScaleConsistencyProbe
     from vtc.eval.scale_consistency import estimate_shift as estimate_shift
+    from vtc.eval.scale_consistency import scale_consistency as scale_consistency
     from vtc.eval.scale_consistency import tiling_error as tiling_error
     from vtc.eval.ssim import MultiscaleStructuralSimilarity as MultiscaleStructuralSimilarity
     from vtc.eval.ssim import PaddedStructuralSimilarity as PaddedStructuralSimilarity

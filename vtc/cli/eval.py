@@ -94,6 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--csv", metavar="FILE", help="a row an image and method; '-' is stdout, in place of the table")
     out.add_argument("--add", metavar="FILE", action="append", default=[],
                      help="results.json of an earlier run, to stand in the same tables; a mark says what differs")
+    out.add_argument("--samples", metavar="FILE", help="the first method's reconstructions as the .npz that ADM's "
+                     "evaluator reads; goes with a protocol that crops")
     out.add_argument("--title", help="of the report")
     out.add_argument("--gallery", metavar="N", type=_positive, default=24, help="pictures in the report; default 24")
     out.add_argument("-q", "--quiet", action="store_true", help="no progress")
@@ -180,7 +182,7 @@ def evaluate(args: argparse.Namespace) -> int:
     problems: list[Problem] = []
     with ExitStack() as stack:
         items, methods = _methods(args, problems)
-        options = _options(args)
+        options = _options(args, methods)
         measures = _measures(names, options, asked=set(args.metrics), problems=problems)
         measures += _fidelity(args, problems)
         if not measures:
@@ -194,14 +196,16 @@ def evaluate(args: argparse.Namespace) -> int:
         return _write(args, suite, items, results, added, problems)
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace, methods: list[Method]) -> Options:
     from vtc.eval.frechet import load_statistics
     from vtc.eval.measures import Options
     from vtc.eval.protocols import protocol
 
     reference = load_statistics(args.reference) if args.reference else None
+    strides = [method.description["downsample"] for method in methods if "downsample" in method.description]
+    period = max(2, strides[0]) if strides else Options.period  # one for all rows, the first network's
     return Options(args.device, args.lpips_weights, args.fid_weights, args.download, protocol(args.protocol), reference,
-                   seed=args.seed)
+                   period, args.seed)
 
 
 def _methods(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Item], list[Method]]:
@@ -368,6 +372,8 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
 
             write_report(args.report, everything, suite, items, about, args.gallery,
                          _bar("report", args.quiet))
+        if args.samples and results:
+            _samples(args, suite, items, results[0])
         if args.csv:
             write_file(args.csv, to_csv(results).encode())
         if args.json:
@@ -379,6 +385,19 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
     for text in sentences:
         say(text)
     return FAILED if sentences or not results else DONE
+
+
+def _samples(args: argparse.Namespace, suite: Suite, items: list[Item], result: MethodResult) -> None:
+    """Made once more, one at a time, and written as they were judged."""
+    from vtc.eval.protocols import export_samples
+    from vtc.images import to_uint8
+
+    method = next(method for method in suite.methods if method.name == result.name)
+    measured = set(result.images)
+    own = [item for item in items if item.name in measured]
+    bar = _bar("samples", args.quiet)
+    made = (suite.reconstructed(item, method, suite.prepared(item)) for item in bar(own))
+    export_samples(args.samples, (to_uint8(image) for image in made if image is not None), len(own))
 
 
 def _anonymous(text: str) -> str:
