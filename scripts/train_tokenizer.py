@@ -3,6 +3,7 @@
     accelerate launch scripts/train_tokenizer.py --train_data_dir photos/ --output_dir runs/localvq
     accelerate launch scripts/train_tokenizer.py --config var.yaml --train_data_dir 'shards/{000..127}.tar'
     python scripts/train_tokenizer.py --model wetok --model_args channels=64 groups=4 --gan_weight 0.1 ...
+    python scripts/train_tokenizer.py --model vqgan --quantizer fsq --quantizer_args 'levels=[8,8,8,5,5]' ...
 
 or plain `python`. Pictures: a folder, a pack (.npz), WebDataset shards, or a Hugging Face dataset. A run that was
 stopped goes on with --resume_from_checkpoint latest. The finished model lies in OUTPUT_DIR/model.
@@ -31,6 +32,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
                                                             "wetok, open_magvit2, var_vqvae, infinity_vae, ...")
     parser.add_argument("--model_args", nargs="+", action=NameValue, default={}, metavar="NAME=VALUE",
                         help="arguments of its constructor; values as in JSON")
+    parser.add_argument("--quantizer", help="another quantizer in the network of local_vq, vqgan or wetok: vq, "
+                                            "gradient_vq, ibq, lfq, group_lfq, bsq, fsq, product, residual, "
+                                            "multi_scale_vq, multi_scale_bsq")
+    parser.add_argument("--quantizer_args", nargs="+", action=NameValue, default={}, metavar="NAME=VALUE",
+                        help="arguments of its constructor")
     parser.add_argument("--codebook_size", type=int, help="short for --model_args codebook_size=N")
     parser.add_argument("--init_from", help="a finished model to start from; LocalVQ's codebook is clustered to "
                                             "--codebook_size, by K-means weighted with its token frequencies")
@@ -68,15 +74,17 @@ def clustered(model: LocalVQ, codebook_size: int) -> LocalVQ:
 
 def model_of(args: argparse.Namespace) -> Tokenizer:
     """The model that the flags ask for."""
+    from vtc.tokenizers.composed import compose
     from vtc.training.tokenizer import make_tokenizer
 
+    size = {} if args.codebook_size is None else {"codebook_size": args.codebook_size}
+    model: Tokenizer
     if args.init_from:
         model = started_from(args.init_from, args.codebook_size)
+    elif args.quantizer:
+        model = compose(args.model, args.quantizer, args.model_args, args.quantizer_args | size)
     else:
-        arguments = dict(args.model_args)
-        if args.codebook_size is not None:
-            arguments["codebook_size"] = args.codebook_size
-        model = make_tokenizer(args.model, arguments)
+        model = make_tokenizer(args.model, args.model_args | size)
     if args.stage2 and hasattr(model, "to_generative") and not getattr(model, "generative", True):
         model = model.to_generative()
     return model

@@ -17,6 +17,7 @@ from vtc.errors import ConfigError, ModelError
 from vtc.models import load_tokenizer
 from vtc.tokenizers.base import TokenLayout
 from vtc.tokenizers.classes import TOKENIZER_CLASSES
+from vtc.tokenizers.composed import ComposedPyramid, ComposedTokenizer
 from vtc.tokenizers.diffusers_adapters import DiffusersVQ
 from vtc.tokenizers.ibq import IBQ
 from vtc.tokenizers.infinity_vae import InfinityVAE
@@ -51,6 +52,9 @@ MODELS: dict[str, Callable[..., Any]] = {
     "infinity": lambda **wide: InfinityVAE(6, sides=(1, 3, 4), **TINY | wide),
     "infinity_in_groups": lambda **wide: InfinityVAE(6, sides=(1, 3, 4), token_bits=(1, 2, 3), **TINY | wide),
     "diffusers_vq": diffusers_vq,
+    "composed": lambda **wide: ComposedTokenizer("wetok", "fsq", {**TINY, **wide}, {"levels": [5, 5, 3]}),
+    "composed_pyramid": lambda **wide: ComposedPyramid("vqgan", "multi_scale_vq", {**TINY, **wide, "z_channels": 8}, {
+        "codebook_size": 16, "dim": 8, "scales": [1, 2, 3, 4]}),
 }
 
 
@@ -187,8 +191,8 @@ def test_grids_of_other_sizes_follow_the_trained_ones():
 
 
 def test_every_class_is_tested_here():
-    """LocalVQ, the bundled one, has tests of its own."""
-    assert {type(make(name)).__name__ for name in MODELS} | {"LocalVQ"} == set(TOKENIZER_CLASSES)
+    """LocalVQ, the bundled one, and PyramidVQ have tests of their own."""
+    assert {type(make(name)).__name__ for name in MODELS} | {"LocalVQ", "PyramidVQ"} == set(TOKENIZER_CLASSES)
 
 
 @pytest.mark.filterwarnings("ignore:.* is not local, so tiles")

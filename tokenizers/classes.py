@@ -12,6 +12,8 @@ TOKENIZER_CLASSES = {
     "PyramidVQ": "vtc.tokenizers.pyramid_vq",
     "InfinityVAE": "vtc.tokenizers.infinity_vae",
     "DiffusersVQ": "vtc.tokenizers.diffusers_adapters",
+    "ComposedTokenizer": "vtc.tokenizers.composed",
+    "ComposedPyramid": "vtc.tokenizers.composed",
 }
 
 #: families of published checkpoints, by the name that says outright what a file is; `vtc.tokenizers.upstream`

@@ -81,6 +81,9 @@ _MODULE_OF = {
     "gradient_penalty": "vtc.tokenizers.losses",
     "hinge_discriminator_loss": "vtc.tokenizers.losses",
     "hinge_generator_loss": "vtc.tokenizers.losses",
+    "ComposedPyramid": "vtc.tokenizers.composed",
+    "ComposedTokenizer": "vtc.tokenizers.composed",
+    "compose": "vtc.tokenizers.composed",
     "IBQ": "vtc.tokenizers.ibq",
     "import_checkpoint": "vtc.tokenizers.upstream",
     "INFINITY_1M": "vtc.tokenizers.multi_scale_binary",
@@ -347,6 +350,9 @@ if TYPE_CHECKING:
     from vtc.tokenizers.equivariance import draw_transform as draw_transform
     from vtc.tokenizers.equivariance import scale_and_turn as scale_and_turn
     from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer as FiniteScalarQuantizer
+    from vtc.tokenizers.composed import ComposedPyramid as ComposedPyramid
+    from vtc.tokenizers.composed import ComposedTokenizer as ComposedTokenizer
+    from vtc.tokenizers.composed import compose as compose
     from vtc.tokenizers.ibq import IBQ as IBQ
     from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
     from vtc.tokenizers.infinity_vae import InfinityVAE as InfinityVAE

@@ -56,7 +56,7 @@ class RandomCrops(Dataset[Tensor]):
     """
 
     def __init__(self, pictures: Sequence[Path] | Pictures, resolution: int, seed: int, min_scale: float = 0.6) -> None:
-        self.pictures: Pictures = pictures if hasattr(pictures, "read") else FolderPictures(pictures)
+        self.pictures = FolderPictures(pictures) if isinstance(pictures, Sequence) else pictures
         if not len(self.pictures):
             raise ConfigError("There are no pictures to train on.")
         self.resolution, self.seed, self.min_scale = resolution, seed, min_scale

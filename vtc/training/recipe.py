@@ -189,5 +189,8 @@ def read_config(file: str | Path) -> dict[str, Any]:
 
 def recipe_from(recipe: type[AnyRecipe], args: argparse.Namespace) -> AnyRecipe:
     """The recipe that the parsed flags say. ConfigError where a value cannot be."""
-    values: dict[str, Any] = {field.name: getattr(args, field.name) for field in dataclasses.fields(recipe)}
-    return recipe(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(recipe):
+        value = getattr(args, field.name)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return recipe(**values)

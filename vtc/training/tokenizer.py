@@ -11,7 +11,6 @@ Images are in [0, 1] in every term, where L1 is half, and L2 a quarter, of what 
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vtc.errors import ConfigError, first_sentence
+from vtc.errors import ConfigError
 from vtc.eval.lattice import error_spectrum, lattice_ratio
 from vtc.tokenizers.base import Quantized, Tokenizer
 from vtc.tokenizers.classes import TOKENIZER_CLASSES
 from vtc.tokenizers.codebook_stats import MAX_WORDS, CodebookStatistics
+from vtc.tokenizers.composed import called
 from vtc.tokenizers.discriminators import BlurPatchGAN, PatchGAN, SpectralDiscriminator
 from vtc.tokenizers.layers import AttnBlock, MultiScaleTokenizer, ResBlock
 from vtc.tokenizers.local_vq import Block
@@ -95,17 +95,7 @@ def make_tokenizer(name: str, arguments: dict[str, Any]) -> Tokenizer:
     kind = MODELS.get(name, name)
     if kind not in TOKENIZER_CLASSES:
         raise ConfigError(f"There is no model {name!r}; there are {', '.join(MODELS)}.")
-    model = getattr(import_module(TOKENIZER_CLASSES[kind]), kind)
-    known = inspect.signature(model).parameters
-    for argument in arguments:
-        if argument not in known:
-            raise ConfigError(f"{kind} has no argument {argument!r}, but {', '.join(known)}.")
-    try:
-        return model(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError, IndexError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{kind} cannot be made of {arguments}: {first_sentence(error)}.") from error
+    return called(getattr(import_module(TOKENIZER_CLASSES[kind]), kind), arguments)
 
 
 class Critic(nn.Module):
