@@ -342,6 +342,9 @@ if TYPE_CHECKING:
     from vtc.tokenizers.codebook_clustering import with_codebook as with_codebook
     from vtc.tokenizers.codebook_finetuning import CodebookFinetuning as CodebookFinetuning
     from vtc.tokenizers.codebook_stats import CodebookStatistics as CodebookStatistics
+    from vtc.tokenizers.composed import ComposedPyramid as ComposedPyramid
+    from vtc.tokenizers.composed import ComposedTokenizer as ComposedTokenizer
+    from vtc.tokenizers.composed import compose as compose
     from vtc.tokenizers.diffusers_adapters import DiffusersAutoencoder as DiffusersAutoencoder
     from vtc.tokenizers.diffusers_adapters import DiffusersVQ as DiffusersVQ
     from vtc.tokenizers.discriminators import BlurPatchGAN as BlurPatchGAN
@@ -350,9 +353,6 @@ if TYPE_CHECKING:
     from vtc.tokenizers.equivariance import draw_transform as draw_transform
     from vtc.tokenizers.equivariance import scale_and_turn as scale_and_turn
     from vtc.tokenizers.finite_scalar import FiniteScalarQuantizer as FiniteScalarQuantizer
-    from vtc.tokenizers.composed import ComposedPyramid as ComposedPyramid
-    from vtc.tokenizers.composed import ComposedTokenizer as ComposedTokenizer
-    from vtc.tokenizers.composed import compose as compose
     from vtc.tokenizers.ibq import IBQ as IBQ
     from vtc.tokenizers.index_backprop import IndexBackpropQuantizer as IndexBackpropQuantizer
     from vtc.tokenizers.infinity_vae import InfinityVAE as InfinityVAE
