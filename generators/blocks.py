@@ -16,6 +16,16 @@ from vtc.errors import ConfigError
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
 
+class Projection(nn.Linear):
+    """A linear layer whose bias the caller gives, since it is made of parameters that have names of their own."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__(width, out, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention; the attention itself is the caller's `attend`, so that a cache can stand between.
 
@@ -28,7 +38,7 @@ class SelfAttention(nn.Module):
         if width % heads:
             raise ConfigError(f"A width of {width} does not divide into {heads} heads.")
         self.heads, self.head_dim, self.l2 = heads, width // heads, l2
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Projection(width, 3 * width)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
         self.proj = nn.Linear(width, width)
         if l2:
@@ -38,7 +48,7 @@ class SelfAttention(nn.Module):
                 rotate: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """(B, n, C) to the same; `rotate` is applied to queries and keys, (B, H, n, D), as Infinity's positions are."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.qkv.weight, bias).unflatten(2, (3, self.heads, self.head_dim))
+        qkv = self.qkv(x, bias).unflatten(2, (3, self.heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, n, D) each
         if self.l2:
             q = F.normalize(q, dim=-1) * self.log_scale.clamp(max=math.log(100)).exp().to(q.dtype)
@@ -52,6 +62,8 @@ class SelfAttention(nn.Module):
     @torch.no_grad()
     def permute_heads(self, order: Tensor) -> None:
         """Renumber the heads, new head i being old head order[i]: the same function, with heads of a kind in a row."""
+        if not isinstance(self.qkv, nn.Linear):
+            raise ConfigError("The heads of a prepared model stay as they are: renumber them before `prepare`.")
         rows = (order[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
         self.qkv.weight.copy_(self.qkv.weight.unflatten(0, (3, -1))[:, rows].flatten(0, 1))
         self.q_bias.copy_(self.q_bias[rows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,10 +12,20 @@ from torch import Tensor
 from vtc.errors import ConfigError
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.sampling import Generators, Guidance, Sampling
-from vtc.tokenizers.scales import Grid, MultiScaleQuantizer, split_scales
+from vtc.tokenizers.scales import Grid, split_scales
 
 #: one scale of a model whose condition is settled: codes so far, (2 B | B, n, d) or None, cache and step to logits
 NextScaleStep = Callable[[Tensor | None, KVCache, int], Tensor]
+
+
+class Pyramid(Protocol):
+    """What a loop needs of a `MultiScaleQuantizer`, or of a `PatchedQuantizer` around one."""
+
+    def add_scale(self, total: Tensor | None, indices: Tensor, number: int, scales: Sequence[Grid]) -> Tensor:
+        """The sum of codes after a scale: (B, d, H, W)."""
+
+    def next_scale_input(self, total: Tensor, number: int, scales: Sequence[Grid]) -> Tensor:
+        """That sum as the generator reads it for the next scale: (B, d, h, w)."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +43,14 @@ class Scale:
     cache: KVCache
 
 
-def draw_scales(step: NextScaleStep, quantizer: MultiScaleQuantizer, scales: Sequence[Grid], batch: int, cache: KVCache,
+def draw_scales(step: NextScaleStep, quantizer: Pyramid, scales: Sequence[Grid], batch: int, cache: KVCache,
                 sampling: Sampling, guidance: Guidance, generators: Generators = None,
                 given: tuple[Tensor, Tensor] | None = None,
                 callback: Callable[[Scale], None] | None = None) -> tuple[Tensor, Tensor]:
     """(B, L, ...) indices, and the (B, d, H, W) sum of their codes.
 
-    given: indices (B, L, ...) and where they hold, (B, L) bool: those tokens are taken, not drawn (inpainting).
+    given: indices (B, L, ...) and where they hold, (B, L) bool, or like the indices: those are taken, not drawn
+        (inpainting).
     """
     total: Tensor | None = None
     codes: Tensor | None = None
@@ -50,7 +62,7 @@ def draw_scales(step: NextScaleStep, quantizer: MultiScaleQuantizer, scales: Seq
         indices = sampling(logits, generators)
         if parts is not None:
             words, held = parts[number]
-            indices = torch.where(held[(..., *(None,) * (indices.ndim - 2))], words, indices)
+            indices = torch.where(held[(..., *(None,) * (indices.ndim - held.ndim))], words, indices)
         total = quantizer.add_scale(total, indices.unflatten(1, grid), number, scales)
         if number + 1 < len(scales):
             codes = quantizer.next_scale_input(total, number, scales).flatten(2).transpose(1, 2)
@@ -67,7 +79,7 @@ def _given_parts(given: tuple[Tensor, Tensor] | None, scales: Sequence[Grid], ba
     if given is None:
         return None
     words, held = given
-    if words.shape[:2] != held.shape or len(words) != batch:
+    if held.shape not in (words.shape, words.shape[:2]) or len(words) != batch:
         raise ConfigError(f"Given tokens are (B, L, ...) indices and a (B, L) mask of {batch} images, not "
                           f"{tuple(words.shape)} and {tuple(held.shape)}.")
     if (total := sum(h * w for h, w in scales)) != held.shape[1]:

@@ -14,6 +14,9 @@
 All scales lie in one frame: the cell (i, j) of an h x w grid has the position (round(i H/h), round(j W/w)) of the H x W
 grid that ends the one-megapixel schedule of its shape, also where a smaller picture is drawn. So stored keys stay right
 whatever is dropped. Text, c, and what they become in each layer are computed once for a generation.
+
+Infinity-8B's tokenizer has cells half as large, and the transformer reads and draws 2 x 2 of them as one token
+(`vtc.generators.patches`).
 """
 
 from __future__ import annotations
@@ -27,10 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
-from vtc.generators.blocks import Attend, FeedForward, SelfAttention, dense_attention, modulate
+from vtc.generators.blocks import Attend, FeedForward, Projection, SelfAttention, dense_attention, modulate
 from vtc.generators.generate import Scale, draw_scales
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.schedule import Grid, Schedule
+from vtc.generators.patches import PatchedQuantizer, cells_of, fold, unfold
 from vtc.generators.rotary import rotate_pairs, rotation
 from vtc.generators.sampling import Generators, Guidance, Sampling
 from vtc.hub import PretrainedMixin
@@ -88,7 +92,7 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, text_width: int, heads: int, pool: bool) -> None:
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.kv = Projection(text_width, 2 * width)
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.q = None if pool else nn.Linear(width, width)
         if pool:
@@ -98,7 +102,7 @@ class CrossAttention(nn.Module):
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C_text) to keys and values (B, H, T, D)."""
         bias = torch.cat([torch.zeros_like(self.v_bias), self.v_bias])
-        kv = F.linear(text, self.kv.weight, bias).unflatten(2, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        kv = self.kv(text, bias).unflatten(2, (2, self.heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         return kv[0], kv[1]
 
     def forward(self, x: Tensor | None, keys_values: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
@@ -147,7 +151,10 @@ class TextCondition:
 class Infinity(nn.Module, PretrainedMixin):
     """Text-conditional generator of bits; the defaults are Infinity-2B's.
 
-    depth, width, heads, mlp_ratio: of the transformer. bits: d of the tokenizer.
+    Infinity-8B: depth=40, width=3584, heads=28, bits=56, patch=2, with a tokenizer of 14 bits and twice the sides.
+
+    depth, width, heads, mlp_ratio: of the transformer. bits: of a token, those of all its cells together.
+    patch: side of the square of the tokenizer's cells that are one token.
     text_width, text_tokens: of the text features (T5-XL: 2048, 512). levels: of the table of scale embeddings.
     pool_heads: of the pooling of the text (heads of 128 dimensions; of 64 above a width of 4096).
     chunks: groups of blocks, each of which adds the scale's embedding where `level_every_chunk`; else the first alone.
@@ -155,10 +162,13 @@ class Infinity(nn.Module, PretrainedMixin):
 
     def __init__(self, depth: int = 32, width: int = 2048, heads: int = 16, mlp_ratio: float = 4.0, bits: int = 32,
                  text_width: int = 2048, text_tokens: int = 512, levels: int = 15, pool_heads: int | None = None,
-                 chunks: int = 8, level_every_chunk: bool = False) -> None:
+                 chunks: int = 8, level_every_chunk: bool = False, patch: int = 1) -> None:
         super().__init__()
         if depth % chunks:
             raise ConfigError(f"{depth} blocks do not make {chunks} chunks of equal size.")
+        if patch < 1 or bits % patch**2:
+            raise ConfigError(f"{bits} bits of a token do not divide among {patch} x {patch} cells.")
+        self.patch = patch
         self.depth, self.width, self.heads, self.bits, self.text_width = depth, width, heads, bits, text_width
         self.chunk, self.level_every_chunk = depth // chunks, level_every_chunk
         pool_heads = pool_heads or max(1, width // (64 if width > 4096 else 128))
@@ -209,7 +219,8 @@ class Infinity(nn.Module, PretrainedMixin):
     def forward(self, text: Tensor, mask: Tensor, codes: Tensor, scales: Sequence[Grid]) -> Tensor:
         """Teacher forcing, all scales at once: (B, L, d, 2) logits.
 
-        codes: (B, L - 1, d), a quantizer's `teacher_inputs`, or those of its `self_correction`.
+        codes: (B, L - 1, d), a quantizer's `teacher_inputs`, or those of its `self_correction`, of the grids
+            `cells_of(scales, patch)` and folded by `vtc.generators.patches.fold` where cells come in patches.
         """
         condition = self.condition(text, mask)
         x = torch.cat([condition.start, self.word(codes)], 1)
@@ -228,16 +239,18 @@ class Infinity(nn.Module, PretrainedMixin):
         """(B, T, C_text) text features to tokens, and images (B, 3, H, W) in [0, 1].
 
         scales: from `scales_for`; default a square megapixel. cache: a new one of `schedule(scales)`, with any policy.
+        given: of the tokenizer's cells, as its `encode` with `cells_of(scales, patch)` gives them, and which hold.
         compat: "upstream" gives every scale the positions that begin at the first scale's, as upstream does at
             inference where its fused norm is off (scales are then not told apart by position); None, the right ones.
         Raises ConfigError where tokenizer, text or cache do not fit.
         """
         if compat not in (None, "upstream"):
             raise ConfigError(f'compat is None or "upstream", not {compat!r}.')
-        if tokenizer.vocab != (2,) * self.bits:
-            raise ConfigError(f"This Infinity draws {self.bits} single bits a cell, and the tokenizer's indices have "
+        if tokenizer.vocab != (2,) * (bits := self.bits // self.patch**2):
+            raise ConfigError(f"This Infinity draws {bits} single bits a cell, and the tokenizer's indices have "
                               f"{tokenizer.vocab} words: make it with token_bits of 1.")
         scales = scales_for() if scales is None else tuple(scales)
+        cells = cells_of(scales, self.patch)
         if len(scales) > self.level.num_embeddings:
             raise ConfigError(f"This Infinity knows {self.level.num_embeddings} scales, not {len(scales)}.")
         schedule = self.schedule(scales)
@@ -253,10 +266,12 @@ class Infinity(nn.Module, PretrainedMixin):
                                lambda q, k, v, layer: cache.attend(q, k, v, layer, number),
                                lambda t: rotate_pairs(t, cos[here], sin[here]))
 
-        indices, total = draw_scales(step, tokenizer.quantizer, scales, len(text), cache, sampling, guidance,
-                                     generators, given, callback)
-        height, width = (side * tokenizer.downsample for side in scales[-1])
-        tokens = Tokens(indices, TokenLayout(scales, tokenizer.vocab), height, width)
+        if given is not None and self.patch > 1:
+            given = self._folded(*given, scales)
+        indices, total = draw_scales(step, PatchedQuantizer(tokenizer.quantizer, self.patch), scales, len(text), cache,
+                                     sampling, guidance, generators, given, callback)
+        height, width = (side * tokenizer.downsample for side in cells[-1])
+        tokens = Tokens(unfold(indices, scales, self.patch), TokenLayout(cells, tokenizer.vocab), height, width)
         return tokens, tokenizer.reconstruct(total).clamp(0, 1)
 
     @torch.no_grad()
@@ -264,6 +279,13 @@ class Infinity(nn.Module, PretrainedMixin):
         """Renumber each layer's heads by order, (depth, heads): the same function, with heads of a kind in a row."""
         for block, of_layer in zip(self._blocks(), order, strict=True):
             block.attention.permute_heads(of_layer)
+
+    def _folded(self, words: Tensor, held: Tensor, scales: Sequence[Grid]) -> tuple[Tensor, Tensor]:
+        """Given cells as tokens: (B, p^2 L, d) bits and (B, p^2 L) bool to (B, L, bits) each."""
+        if words.shape[:2] != held.shape:
+            raise ConfigError(f"Given cells are (B, L, d) bits and a (B, L) mask, not {tuple(words.shape)} and "
+                              f"{tuple(held.shape)}.")
+        return fold(words, scales, self.patch), fold(held[..., None].expand_as(words), scales, self.patch)
 
     def _check_text(self, text: Tensor, mask: Tensor) -> None:
         if text.ndim != 3 or text.shape[2] != self.text_width or mask.shape != text.shape[:2] or not mask.any(1).all():

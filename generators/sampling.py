@@ -33,16 +33,20 @@ class Sampling:
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) logits to the distribution that is drawn from, float32."""
         logits = logits.float() / self.temperature
-        words = logits.shape[-1]
-        if 0 < self.top_k < words:
-            worst = logits.topk(self.top_k).values[..., -1:]
-            logits = logits.masked_fill(logits < worst, -torch.inf)
-        if 0 < self.top_p < 1:
+        limited = 0 < self.top_k < logits.shape[-1]
+        if limited:
+            best, order = logits.topk(self.top_k)
+            if not 0 < self.top_p < 1:
+                return logits.masked_fill(logits < best[..., -1:], -torch.inf).softmax(-1)
+            ordered, order = best.flip(-1), order.flip(-1)  # what top_k has removed need not be sorted
+        elif 0 < self.top_p < 1:
             ordered, order = logits.sort(-1)
-            remove = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
-            remove[..., -1] = False
-            logits = logits.masked_fill(remove.scatter(-1, order, remove), -torch.inf)
-        return logits.softmax(-1)
+        else:
+            return logits.softmax(-1)
+        remove = ordered.softmax(-1).cumsum(-1) <= 1 - self.top_p
+        remove[..., -1] = False
+        kept = ordered.masked_fill(remove, -torch.inf).softmax(-1)
+        return torch.zeros_like(logits).scatter(-1, order, kept)
 
     def __call__(self, logits: Tensor, generators: Generators = None) -> Tensor:
         """(B, ..., V) logits to (B, ...) words.
