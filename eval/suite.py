@@ -189,7 +189,7 @@ class Suite:
     def __post_init__(self) -> None:
         names = [method.name for method in self.methods]
         if repeated := {name for name in names if names.count(name) > 1}:
-            raise ConfigError(f"Two methods are called {', '.join(sorted(repeated))}.")
+            raise ConfigError(f"Two methods are called {', '.join(sorted(repeated))}: name each once.")
         if not self.measures:
             raise ConfigError("There is nothing to measure: no metric is available.")
         if self.protocol.crop != "none" and not self.size:

@@ -111,7 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     codecs.add_argument("--text_engines", nargs="+", default=[DEFAULT_TEXT_ENGINE], choices=list(TEXT_ENGINES))
     codecs.add_argument("--face_engine", default=DEFAULT_FACE_ENGINE, choices=list(FACE_ENGINES))
     codecs.add_argument("--text_sizes", nargs="+", type=int, default=[256, 512, 1024])
-    codecs.add_argument("--face_sizes", nargs="+", type=int, default=[256, 512])
+    codecs.add_argument("--face_sizes", nargs="+", type=int, default=[256, 512, 1024])
     codecs.add_argument("--every_picture", type=int, default=1, help="take one picture of so many, of each kind")
     codecs.add_argument("--every_line", type=int, default=1, help="take one line of a document of so many")
     codecs.add_argument("--quiet", action="store_true", help="no progress bar")

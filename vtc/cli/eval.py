@@ -210,6 +210,7 @@ def _options(args: argparse.Namespace, methods: list[Method]) -> Options:
 
 def _methods(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[Item], list[Method]]:
     """What is measured and on which pictures. Raises VtcError where nothing is left."""
+    from vtc.cli import eval_methods
     from vtc.eval.pairs import Problem, find_items, match
     from vtc.eval.suite import Files
 
@@ -220,8 +221,7 @@ def _methods(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[It
     def failed(name: str, error: Exception) -> None:
         problems.append(Problem("", name, sentence(error, name)))
 
-    labels = _labels(args.pairs[1:])
-    for label, source in zip(labels, args.pairs[1:], strict=True):
+    for label, source in zip(eval_methods.labels(args.pairs[1:]), args.pairs[1:], strict=True):
         try:
             files, found = match(items, source, label)
         except VtcError as error:
@@ -231,13 +231,12 @@ def _methods(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[It
         coded = bool(files) and all(path.suffix.lower() in CODED_SUFFIXES for path in files.values())
         methods.append(Files(label, files, rate=coded))
     if args.codec or args.peers or args.tokenizer:
-        from vtc.cli import eval_methods
-
         methods += eval_methods.codec_methods([*args.codec, *_peers(args.peers)], [r for rs in args.rates for r in rs],
                                               args.downsample, _distance(args), args.device, failed)
-        for name in eval_methods.expanded(args.tokenizer):
+        tokenizers = eval_methods.expanded(args.tokenizer)
+        for name, label in zip(tokenizers, eval_methods.labels(tokenizers), strict=True):
             try:
-                methods.append(eval_methods.TokenizerMethod(name, args.device))
+                methods.append(eval_methods.TokenizerMethod(name, args.device, label))
             except Exception as error:
                 failed(name, error)
     if not methods:
@@ -251,13 +250,6 @@ def _peers(names: Sequence[str]) -> list[str]:
     if unknown := [name for name in names if name not in PEERS]:
         raise UsageError(f"--peers takes {', '.join(PEERS)}, not {', '.join(unknown)}")
     return list(names)
-
-
-def _labels(sources: Sequence[str]) -> list[str]:
-    """The last part of each path, and more of it where two have the same."""
-    paths = [Path(os.path.normpath(source)) for source in sources]
-    short = [path.name or str(path) for path in paths]
-    return [name if short.count(name) == 1 else str(path) for name, path in zip(short, paths, strict=True)]
 
 
 def _distance(args: argparse.Namespace) -> Any:

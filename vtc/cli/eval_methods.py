@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -41,8 +42,8 @@ class TokenCodecMethod(Method):
 
     kind = "codec"
 
-    def __init__(self, name: str, device: str) -> None:
-        self.name = Path(name).name
+    def __init__(self, name: str, device: str, label: str | None = None) -> None:
+        self.name = label or Path(name).name
         self.family = re.sub(r"-s\d+$", "", self.name)
         self.codec = load_codec(name, device)
         self.description = {"kind": "token codec", **_about(self.codec.tokenizer), **_prior(self.codec),
@@ -80,11 +81,11 @@ class FamilyMethod(Method):
 
     kind = "codec"
 
-    def __init__(self, name: str, rate: float, device: str) -> None:
+    def __init__(self, name: str, rate: float, device: str, label: str | None = None) -> None:
         family = family_of(name)
         if family is None:
             raise ConfigError(f"The model {name} has no family, so no rate can be chosen.")
-        self.family, self.rate = Path(name).name, rate
+        self.family, self.rate = label or Path(name).name, rate
         self.name = f"{self.family} at {rate:g} bpp"
         self.sizes = (*family.sizes, None)
         self._codecs: dict[int, TokenCodec] = {}
@@ -118,9 +119,9 @@ class TokenizerMethod(Method):
 
     kind = "tokenizer"
 
-    def __init__(self, name: str, device: str) -> None:
-        self.name = f"{Path(name).name} (tokenizer)"
-        self.family = Path(name).name
+    def __init__(self, name: str, device: str, label: str | None = None) -> None:
+        self.family = label or Path(name).name
+        self.name = f"{self.family} (tokenizer)"
         self.tokenizer = load_model(name, device)
         self.device = device
         self.description = {"kind": "tokenizer", **_about(self.tokenizer), "device": device}
@@ -259,9 +260,8 @@ def codec_methods(names: Sequence[str], rates: Sequence[float | str], factors: S
     failed: is told of a name that could not be had, and why; the others are still made.
     """
     methods: list[Method] = []
-    for name in expanded(names):
-        if name in PEERS:
-            continue
+    models = [name for name in expanded(names) if name not in PEERS]
+    for name, label in zip(models, labels(models), strict=True):
         try:
             if name.startswith("compressai:"):
                 architecture, colon, weights = name.removeprefix("compressai:").partition(":")
@@ -269,10 +269,10 @@ def codec_methods(names: Sequence[str], rates: Sequence[float | str], factors: S
                     raise ConfigError(f"CompressAI's models are compressai:ARCHITECTURE:WEIGHTS, not {name!r}.")
                 methods.append(CompressAIMethod(architecture, weights, device))
             else:
-                methods.append(TokenCodecMethod(name, device))
+                methods.append(TokenCodecMethod(name, device, label))
                 numbers = [rate for rate in rates if not isinstance(rate, str)]
                 if numbers and family_of(name) is not None:
-                    methods += [FamilyMethod(name, rate, device) for rate in numbers]
+                    methods += [FamilyMethod(name, rate, device, label) for rate in numbers]
         except Exception as error:
             failed(name, error)
     anchor = next((method for method in methods if isinstance(method, TokenCodecMethod)), None)
@@ -288,6 +288,23 @@ def codec_methods(names: Sequence[str], rates: Sequence[float | str], factors: S
                 failed(name, error)
                 break
     return methods
+
+
+def labels(paths: Sequence[str]) -> list[str]:
+    """The last part of each path, and as many of those before it as tell it from the others.
+
+    >>> labels(["runs/a/model", "runs/b/model", "other/"])
+    ['a/model', 'b/model', 'other']
+    """
+    parts = [Path(os.path.normpath(path)).parts or (path,) for path in paths]
+
+    def label(own: tuple[str, ...]) -> str:
+        for length in range(1, len(own)):
+            if sum(other[-length:] == own[-length:] for other in set(parts)) == 1:
+                return "/".join(own[-length:])
+        return str(Path(*own))
+
+    return [label(own) for own in parts]
 
 
 def expanded(names: Sequence[str]) -> list[str]:
