@@ -15,25 +15,33 @@ Keys are strict everywhere, and what one file says of another is checked when th
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
+from torch import Tensor
 
 from vtc.errors import ConfigError, ModelError, first_sentence
 from vtc.generators.classes import CALIBRATION, DRAFT, GENERATION_CONFIG, GENERATOR_CLASSES, TOKENIZER
-from vtc.generators.infinity import SCALES_OF_SIZE, Infinity
+from vtc.generators.generate import Scale
+from vtc.generators.infinity import SCALES_OF_SIZE, Infinity, scales_for
+from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.calibration import Calibration
+from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.llamagen import LlamaGen
-from vtc.generators.sampling import Guidance, Sampling
+from vtc.generators.patches import cells_of
+from vtc.generators.sampling import Generators, Guidance, Sampling
 from vtc.generators.var import VAR
-from vtc.tokenizers.base import Tokenizer
+from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.layers import MultiScaleTokenizer
 
 Generator = VAR | Infinity | LlamaGen
+#: what a picture shall be: (B,) labels, or text features (B, T, C) and their mask (B, T)
+Condition = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,57 @@ class LoadedGenerator:
             raise ConfigError(f"The device {device} is not available: {first_sentence(error)}.") from error
         return self
 
+    def schedule(self, height_to_width: float = 1.0) -> Schedule:
+        """What a cache needs to know. height_to_width: of the picture, for Infinity, which knows several shapes."""
+        if isinstance(self.model, Infinity):
+            return self.model.schedule(scales_for(height_to_width, self.config.size))
+        return self.model.schedule()
+
+    def layout(self, height_to_width: float = 1.0) -> tuple[TokenLayout, int, int]:
+        """The tokens of a picture, its height and its width in pixels."""
+        stride = self.tokenizer.downsample
+        if isinstance(self.model, LlamaGen):
+            side = self.model.side * stride
+            return self.tokenizer.layout(side, side), side, side
+        cells = cells_of(self.schedule(height_to_width).sizes, getattr(self.model, "patch", 1))
+        return TokenLayout(cells, cast(Any, self.tokenizer).vocab), cells[-1][0] * stride, cells[-1][1] * stride
+
+    def encode(self, images: Tensor, height_to_width: float = 1.0) -> Tokens:
+        """Images (B, 3, H, W) of `layout`'s size to the tokens that the model would draw for them."""
+        if isinstance(self.tokenizer, MultiScaleTokenizer):
+            return self.tokenizer.encode(images, self.layout(height_to_width)[0].scales)
+        return self.tokenizer.encode(images)
+
+    def generate(self, condition: Condition, cache: KVCache, sampling: Sampling | None = None,
+                 guidance: Guidance | None = None, generators: Generators = None,
+                 given: tuple[Tensor, Tensor] | None = None,
+                 heard: Callable[[Progress], None] | None = None) -> tuple[Tokens, Tensor]:
+        """Tokens, and images (B, 3, H, W) in [0, 1], by whichever model it is.
+
+        condition: (B,) labels, or text features (B, T, C) with their mask (B, T). cache: a fresh one of `schedule()`.
+        given: indices (B, L, G) and where they are taken, (B, L) bool. heard: is told after each scale or row.
+        """
+        sampling, guidance = sampling or self.sampling, guidance or self.guidance
+        if isinstance(self.model, LlamaGen):
+            words = None if given is None else (given[0][..., 0], given[1])
+            return self.model.generate(_labels(condition), self.tokenizer, sampling, guidance, cache, generators, words,
+                                       None if heard is None else _Rows(self, heard))
+        tokenizer = cast(Any, self.tokenizer)  # of the right class, by __post_init__
+
+        def listening(scale: Scale) -> None:
+            if heard is not None:
+                heard(Progress(scale.number, cache.schedule.steps,
+                               lambda: tokenizer.reconstruct(scale.total).clamp(0, 1)))
+
+        if isinstance(self.model, VAR):
+            words = None if given is None else (given[0][..., 0], given[1])
+            return self.model.generate(_labels(condition), tokenizer, sampling, guidance, cache, generators, words,
+                                       listening)
+        if isinstance(condition, Tensor):
+            raise ConfigError("This model draws from texts and has no classes.")
+        return self.model.generate(*condition, tokenizer, cache.schedule.sizes, sampling, guidance, cache, generators,
+                                   given, listening)
+
     def save(self, folder: str | Path) -> None:
         """Write the folder; a calibration is saved into it as `kv.safetensors`. See `PretrainedMixin` for rounding."""
         folder = Path(folder)
@@ -179,6 +238,45 @@ class LoadedGenerator:
         for part, place in parts:
             part.save_pretrained(place)
         (folder / GENERATION_CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `heard` is told: number (from 0) of `count` scales or rows is done.
+
+    picture: makes images (B, 3, H, W) in [0, 1] of what there is so far; rows that are not yet drawn are grey.
+    """
+
+    number: int
+    count: int
+    picture: Callable[[], Tensor]
+
+
+class _Rows:
+    """Collects the tokens of a raster model and tells each row that is complete."""
+
+    def __init__(self, generator: LoadedGenerator, heard: Callable[[Progress], None]) -> None:
+        assert isinstance(generator.model, LlamaGen)
+        self.side, self.tokenizer, self.heard = generator.model.side, generator.tokenizer, heard
+        self.words: list[Tensor] = []
+
+    def __call__(self, number: int, words: Tensor) -> None:
+        self.words.append(words)
+        if (number + 1) % self.side == 0:
+            self.heard(Progress(number // self.side, self.side, self.picture))
+
+    def picture(self) -> Tensor:
+        rows, stride = len(self.words) // self.side, self.tokenizer.downsample
+        layout = self.tokenizer.layout(rows * stride, self.side * stride)
+        drawn = torch.stack(self.words, 1)[..., None]
+        images = self.tokenizer.decode(Tokens(drawn, layout, rows * stride, self.side * stride))
+        return torch.nn.functional.pad(images, (0, 0, 0, (self.side - rows) * stride), value=0.5)
+
+
+def _labels(condition: Condition) -> Tensor:
+    if not isinstance(condition, Tensor):
+        raise ConfigError("This model draws classes and reads no texts.")
+    return condition
 
 
 def read_config(folder: Path) -> GenerationConfig:

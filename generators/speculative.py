@@ -93,7 +93,7 @@ def generate_speculatively(target: LlamaGen, draft: LlamaGen, label: int, tokeni
         passes, proposed = passes + 1, proposed + len(proposals)
         kept = 0
         for x, q, of_target in zip(proposals, guesses, p, strict=False):
-            if torch.rand((), generator=generator) * q[x].cpu() >= of_target[x].cpu():
+            if torch.rand((), generator=generator, device=q.device) * q[x] >= of_target[x]:
                 break
             kept += 1
         accepted += kept

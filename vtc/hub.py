@@ -115,6 +115,19 @@ class PretrainedMixin(PyTorchModelHubMixin):
         module.eval()
         return model
 
+    @classmethod
+    def without_weights(cls, name_or_path: str | Path) -> Self:
+        """The model's shapes alone, on torch's "meta" device: only its config.json is read."""
+        config = read_json(name_or_path)
+        config.pop("class", None)
+        try:
+            with torch.device("meta"):
+                model = cls(**config)
+        except (TypeError, ValueError, RuntimeError, IndexError, ZeroDivisionError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
+        return cast(Self, cast(nn.Module, model).eval())
+
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
         save_file(stored_tensors(cast(nn.Module, self), exact=self.exact_weights), save_directory / WEIGHTS)
@@ -126,16 +139,23 @@ class PretrainedMixin(PyTorchModelHubMixin):
         return cast(dict[str, Any], self._hub_mixin_config)
 
 
-def read_model(name_or_path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and the tensors of a model's folder; see `fetch`. ModelError where they cannot be read."""
+def read_json(name_or_path: str | Path) -> dict[str, Any]:
+    """config.json of a model's folder; see `fetch`. ModelError where it cannot be read."""
     try:
         config = json.loads(fetch(name_or_path, CONFIG).read_text())
-        tensors = load_file(fetch(name_or_path, WEIGHTS))
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
     if not isinstance(config, dict):
         raise ModelError(f"The model {str(name_or_path)!r} is damaged: its {CONFIG} is no object.")
-    return config, tensors
+    return config
+
+
+def read_model(name_or_path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a model's folder; see `fetch`. ModelError where they cannot be read."""
+    try:
+        return read_json(name_or_path), load_file(fetch(name_or_path, WEIGHTS))
+    except SafetensorError as error:
+        raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
 
 
 def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",), exact: bool = False) -> dict[str, Tensor]:

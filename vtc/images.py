@@ -7,6 +7,8 @@ Everything else in vtc sees float RGB, (3, H, W) or (B, 3, H, W), in [0, 1].
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -136,6 +138,18 @@ def save_image(image: Tensor | np.ndarray, target: str | Path | BinaryIO, format
         write_file(target, data)
     else:
         target.write(data)
+
+
+def contact_sheet(images: Sequence[np.ndarray], columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """Pictures of one size, uint8 (H, W, 3), on one white sheet, row by row; by default as many columns as rows."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    height, width = images[0].shape[:2]
+    rows = -(-len(images) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, dtype=np.uint8)
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = image
+    return sheet
 
 
 def format_of(path: str | Path) -> str:

@@ -136,29 +136,39 @@ def _class_of(where: Path, name: str, classes: Mapping[str, str], what: str) -> 
     return getattr(import_module(classes[kind]), kind)
 
 
-def load_generator(name_or_path: str | Path = DEFAULT_GENERATOR, allow_download: bool = True) -> LoadedGenerator:
+def load_generator(name_or_path: str | Path = DEFAULT_GENERATOR, allow_download: bool = True,
+                   weights: bool = True) -> LoadedGenerator:
     """A generator with its tokenizer in eval mode, float32, on the CPU: a bundled name, a folder, or the Hub.
 
     The folder is described in `vtc.generators.pretrained`. allow_download: False keeps away from the network.
+    weights: False gives shapes without numbers, to estimate memory by; only configurations are read or downloaded.
     Raises ModelError with one sentence where there is no such model, or it is damaged, or its parts do not fit.
     """
     from vtc import hub
     from vtc.generators.pretrained import LoadedGenerator, read_config
 
     name = str(name_or_path)
-    files = [hub.CONFIG, hub.WEIGHTS, GENERATION_CONFIG, CALIBRATION,
-             *(f"{part}/{file}" for part in (TOKENIZER, DRAFT) for file in (hub.CONFIG, hub.WEIGHTS))]
+    each = (hub.CONFIG, hub.WEIGHTS) if weights else (hub.CONFIG,)
+    files = [*each, GENERATION_CONFIG, CALIBRATION, *(f"{part}/{file}" for part in (TOKENIZER, DRAFT) for file in each)]
     folder = hub.fetch_folder(name, files, allow_download)
-    model = _class_of(folder, name, GENERATOR_CLASSES, "generators").from_pretrained(folder.as_posix())
+
+    def loaded(where: Path, name: str, classes: Mapping[str, str], what: str) -> Any:
+        kind = _class_of(where, name, classes, what)
+        return (kind.from_pretrained if weights else kind.without_weights)(where.as_posix())
+
+    model = loaded(folder, name, GENERATOR_CLASSES, "generators")
     config = read_config(folder)
     shared = config.tokenizer
     if shared is not None and hub.bundled_folder(shared) is None:
         raise ModelError(f"The model {name!r} says that its tokenizer is that of {shared!r}, which is not bundled.")
-    tokenizer = load_tokenizer(folder / TOKENIZER if shared is None else shared, allow_download=False)
+    if weights:
+        tokenizer = load_tokenizer(folder / TOKENIZER if shared is None else shared, allow_download=False)
+    else:
+        tokenizer = loaded(folder / TOKENIZER if shared is None else hub.BUNDLED / shared, name, TOKENIZER_CLASSES,
+                           "tokenizers")
     draft = None
     if (folder / DRAFT).is_dir():
-        draft = _class_of(folder / DRAFT, f"{name}/{DRAFT}", {"LlamaGen": GENERATOR_CLASSES["LlamaGen"]},
-                          "draft models").from_pretrained((folder / DRAFT).as_posix())
+        draft = loaded(folder / DRAFT, f"{name}/{DRAFT}", {"LlamaGen": GENERATOR_CLASSES["LlamaGen"]}, "draft models")
     try:
         return LoadedGenerator(model, tokenizer, config, draft, folder)
     except ConfigError as error:

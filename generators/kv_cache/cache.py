@@ -13,7 +13,9 @@ free. The last step's keys are never stored: nothing would read them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -66,13 +68,15 @@ class KVCache:
         self.policy.check(self.schedule)
         self.groups = [[HeadGroup(heads, self._buffer(), self._buffer()) for heads in
                         self.policy.heads(self.schedule, layer)] for layer in range(self.schedule.layers)]
-        self._peak = 0
+        self._nbytes = self._peak = 0
 
     def _buffer(self) -> TokenBuffer | MixedBuffer:
         if isinstance(self.storage, MixedPrecision):
             return MixedBuffer(self.storage)
-        # A policy that keeps all knows how much that is; any other grows as it goes.
-        return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0)
+        # A policy that keeps all knows how much that is; any other grows as it goes, a raster model's by half at a time,
+        # for its steps are many and small.
+        return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0,
+                           1.5 if self.schedule.raster else 1.0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
         """Attention of a step's tokens, (B, H, m, D) each, to everything stored and to one another: (B, H, m, D).
@@ -93,6 +97,15 @@ class KVCache:
             out[:, h] = self._attend(group, q[:, h], k[:, h], v[:, h], layer, step)
         return out
 
+    def _change(self, group: HeadGroup, of_k: Callable[[TokenBuffer | MixedBuffer], None],
+                of_v: Callable[[TokenBuffer | MixedBuffer], None] | None = None) -> None:
+        """Change a group's keys, then its values, and keep account of the peak: what moves is there twice."""
+        for buffer, change in ((group.k, of_k), (group.v, of_v or of_k)):
+            before = buffer.nbytes
+            change(buffer)
+            self._nbytes += buffer.nbytes - before
+            self._peak = max(self._peak, self._nbytes + (before if buffer.nbytes != before else 0))
+
     def _attend(self, group: HeadGroup, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
         new = k.shape[2]
         first = self.schedule.starts[step]
@@ -100,8 +113,7 @@ class KVCache:
         # Where what is stored is what was given, write first and attend to the buffer: nothing is copied twice.
         write_first = not last and self.storage in (None, k.dtype)
         if write_first:
-            group.k.append(k)
-            group.v.append(v)
+            self._change(group, lambda keys: keys.append(k), lambda values: values.append(v))
         k_all, v_all = (self._with(group.k, k, write_first), self._with(group.v, v, write_first))
         numbers = torch.arange(first, first + new, device=k.device)
         seen = Candidates(self.schedule, layer, step, group.heads, q, k_all, v_all, _joined(group.tokens, numbers), new,
@@ -112,22 +124,19 @@ class KVCache:
             k_all, v_all = chosen.k, chosen.v
             transient += k_all.nbytes + v_all.nbytes
         elif chosen is not None:
-            seen = _selected(seen, chosen)
+            seen = selected(seen, chosen)
             k_all, v_all = seen.k, seen.v
             transient += k_all.nbytes + v_all.nbytes
         mask = _earlier(seen.tokens, numbers) if self.schedule.raster and new > 1 else None
         out = F.scaled_dot_product_attention(q, k_all, v_all, mask, scale=self.schedule.softmax_scale)
-        self._peak = max(self._peak, self.nbytes() + transient)
+        self._peak = max(self._peak, self._nbytes + transient)
         if not last:
             if not write_first:
-                group.k.append(k)
-                group.v.append(v)
+                self._change(group, lambda keys: keys.append(k), lambda values: values.append(v))
             self._store(group, seen, chosen if isinstance(chosen, Tensor) else None)
-            self._peak = max(self._peak, self.nbytes())
         elif new > 1 and self.schedule.raster and self.policy.keeps_all:
             # Several steps at once, of which only the very last is never read again; `truncate` may take some back.
-            group.k.append(k[:, :, :-1])
-            group.v.append(v[:, :, :-1])
+            self._change(group, lambda keys: keys.append(k[:, :, :-1]), lambda values: values.append(v[:, :, :-1]))
             group.tokens = seen.tokens[..., :-1]
         return out
 
@@ -142,8 +151,7 @@ class KVCache:
                 attended = _numbers_at(attended if attended.ndim == 3 else attended[None, None], keep)
         indices = attended if attended is not None else keep
         if indices is not None:
-            group.k.take(indices)
-            group.v.take(indices)
+            self._change(group, lambda buffer: buffer.take(indices))
         if isinstance(self.storage, MixedPrecision):
             self._split(group, seen, keep)
 
@@ -155,9 +163,7 @@ class KVCache:
             received = received.gather(2, keep.expand(*received.shape[:2], -1))
         kept = replace(seen, k=seen.k[:, :, : received.shape[2]])  # as many keys as there are scores
         fine = kept.top(received, max(1, round(self.storage.share * received.shape[2])))
-        for buffer in (group.k, group.v):
-            assert isinstance(buffer, MixedBuffer)
-            buffer.split(fine)
+        self._change(group, lambda buffer: cast(MixedBuffer, buffer).split(fine))
 
     @staticmethod
     def _with(buffer: TokenBuffer | MixedBuffer, x: Tensor, written: bool) -> Tensor:
@@ -172,8 +178,7 @@ class KVCache:
                               "keeps all can be truncated.")
         for group in (group for layer in self.groups for group in layer):
             if group.tokens is not None:
-                group.k.truncate(tokens)
-                group.v.truncate(tokens)
+                self._change(group, lambda buffer: buffer.truncate(tokens))
                 group.tokens = group.tokens[..., :tokens]
 
     def nbytes(self, metadata: bool = False) -> int:
@@ -181,7 +186,7 @@ class KVCache:
         return sum(g.nbytes + (g.metadata_nbytes if metadata else 0) for layer in self.groups for g in layer)
 
     def peak_nbytes(self) -> int:
-        """The most bytes of keys and values that were allocated at once: stored, and joined for the attention."""
+        """The most bytes of keys and values that were allocated at once: stored, on the move, joined for the attention."""
         return self._peak
 
     def kept(self, layer: int) -> list[int]:
@@ -216,7 +221,8 @@ def _numbers_at(numbers: Tensor, indices: Tensor) -> Tensor:
     return numbers.expand(*shape, -1).gather(2, indices.expand(*shape, -1))
 
 
-def _selected(seen: Candidates, chosen: Tensor) -> Candidates:
+def selected(seen: Candidates, chosen: Tensor) -> Candidates:
+    """The candidates at some indices, (m,) or (B | 1, h | 1, m)."""
     new = chosen >= seen.count - seen.new
     scores = seen.scores
     return replace(seen, k=gather(seen.k, chosen), v=gather(seen.v, chosen), tokens=_numbers_at(seen.tokens, chosen),

@@ -39,11 +39,12 @@ class TokenBuffer:
     """(B, h, n, D) vectors that grow along n: a token that was written is never copied again until some are dropped.
 
     storage: None keeps the type that comes.
-    capacity: tokens to allocate for at first; where more come, memory grows by half.
+    capacity: tokens to allocate for at first.
+    growth: where more come, memory is taken for all of them, or for this times what there was. 1 wastes none.
     """
 
-    def __init__(self, storage: Uniform = None, capacity: int = 0) -> None:
-        self.storage, self.capacity, self.length = storage, capacity, 0
+    def __init__(self, storage: Uniform = None, capacity: int = 0, growth: float = 1.5) -> None:
+        self.storage, self.capacity, self.growth, self.length = storage, capacity, growth, 0
         self.values: Tensor | None = None
         self.steps: Tensor | None = None  # (B, h, n, 1) float16, of whole numbers alone
 
@@ -87,7 +88,7 @@ class TokenBuffer:
     def _room(self, old: Tensor | None, like: Tensor, tokens: int) -> Tensor:
         if old is not None and old.shape[2] >= tokens:
             return old
-        room = max(tokens, self.capacity) if old is None else max(tokens, old.shape[2] * 3 // 2)
+        room = max(tokens, self.capacity) if old is None else max(tokens, int(old.shape[2] * self.growth))
         new = like.new_empty(*like.shape[:2], room, like.shape[3])
         if old is not None:
             new[:, :, : self.length] = old[:, :, : self.length]
@@ -120,7 +121,7 @@ class MixedBuffer:
         """Store the tokens `fine`, (B, h, m), finely and the others coarsely."""
         x = self.read(torch.float32 if self.waiting is None else self.waiting.dtype)
         coarse = torch.ones(x.shape[:3], dtype=torch.uint8, device=x.device).scatter(2, fine, 0)
-        order = coarse.argsort(-1, stable=True)  # the fine ones first; how many there are needs no look at the device
+        order = coarse.argsort(stable=True)  # the fine ones first; how many there are needs no look at the device
         self.fine, self.coarse = TokenBuffer(self.storage.fine), TokenBuffer(self.storage.coarse)
         self.fine.append(gather(x, order[..., : fine.shape[2]]))
         self.coarse.append(gather(x, order[..., fine.shape[2] :]))
@@ -149,8 +150,11 @@ def gather(x: Tensor, indices: Tensor) -> Tensor:
     """(B, h, n, D) at (m,) or (B | 1, h | 1, m) to (B, h, m, D)."""
     if indices.ndim == 1:
         return x.index_select(2, indices)
-    indices = indices.expand(x.shape[0], x.shape[1], -1)
-    return x.gather(2, indices[..., None].expand(-1, -1, -1, x.shape[3]))
+    # As rows of one long table: whole vectors are copied, where `Tensor.gather` looks up every number by itself.
+    batch, heads, count, width = x.shape
+    first = torch.arange(0, batch * heads * count, count, device=x.device).view(batch, heads, 1)
+    rows = (first + indices).flatten()
+    return x.reshape(-1, width).index_select(0, rows).view(batch, heads, -1, width)
 
 
 def _stored(x: Tensor, storage: Uniform) -> tuple[Tensor, Tensor | None]:

@@ -41,12 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser, output_help: str, model_help:
 
     parser.add_argument("inputs", nargs="+", metavar="INPUT",
                         help="files, folders, or WebDataset shards ending in .tar; '-' is stdin")
-    parser.add_argument("-o", "--output", metavar="PATH", type=_not_empty, help=output_help)
+    parser.add_argument("-o", "--output", metavar="PATH", type=not_empty, help=output_help)
     parser.add_argument("-j", "--jobs", type=job_count, default=1, metavar="N",
                         help="files in work at the same time; 0: one a processor; default 1, which uses all processors")
     parser.add_argument("--resume", action="store_true",
                         help="leave outputs that exist alone, and go on inside the shard at which a run was stopped")
-    parser.add_argument("--model", metavar="NAME_OR_FOLDER", type=_not_empty, help=model_help)
+    parser.add_argument("--model", metavar="NAME_OR_FOLDER", type=not_empty, help=model_help)
     parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda, cuda:N, mps or xpu")
     parser.add_argument("--json", action="store_true",
                         help="one JSON object a file on stdout, or on stderr where the output goes to stdout")
@@ -54,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser, output_help: str, model_help:
     parser.add_argument("--version", action="version", version=f"%(prog)s {vtc.__version__}")
 
 
-def _not_empty(text: str) -> str:
+def not_empty(text: str) -> str:
+    """The type of names and paths."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text

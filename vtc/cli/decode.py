@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None, part: Part | None = None) -> int:
             if args.info:
                 return _info(tasks[mine.rank :: mine.count], args.json)
             if len(tasks) == 1 and tasks[0].target == args.output != "-" and not tasks[0].is_shard:
-                chosen = _format_of(args.output, args.format)
+                chosen = format_of(args.output, args.format)
         except UsageError as error:
             parser.error(str(error))
         format, suffix = FORMATS[chosen]
@@ -100,7 +100,8 @@ def main(argv: Sequence[str] | None = None, part: Part | None = None) -> int:
     return guarded(parser, command)
 
 
-def _format_of(path: str, wanted: str | None) -> str:
+def format_of(path: str, wanted: str | None) -> str:
+    """--format by the suffix of -o. UsageError where they contradict each other, or nothing says it."""
     suffix = os.path.splitext(path)[1].lower()
     by_suffix = FORMAT_OF.get(suffix)
     if wanted is None and by_suffix is None:

@@ -78,7 +78,7 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
     if output == "-" and is_shard(inputs[0]):
         raise UsageError("a .tar becomes a .tar, which is not written to stdout")
     if folder is not None:
-        _check_folder(folder)
+        check_folder(folder)
     elif output not in (None, "-") and not os.path.isdir(os.path.dirname(output) or "."):
         raise FileError(f"The output folder {os.path.dirname(output)} does not exist; create it first.")
 
@@ -116,7 +116,8 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
                                                    "choose another name with -o.") for task in tasks]
 
 
-def _check_folder(folder: str) -> None:
+def check_folder(folder: str) -> None:
+    """FileError where an output folder is a file, or cannot be made in an existing one."""
     if os.path.isdir(folder):
         return
     if os.path.exists(folder):
