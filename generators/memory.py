@@ -168,6 +168,7 @@ def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling
                 buffer.append(torch.empty(rows, heads, before, schedule.head_dim, dtype=dtype, device="meta"))
                 if not cache.policy.keeps_all:
                     buffer.take(torch.empty(before, dtype=torch.int64, device="meta"))
+                cache._nbytes += buffer.nbytes  # which the cache counts of what it is given step by step
             group.tokens = torch.empty(1, 1, before, dtype=torch.int64, device="meta")
             cast(AsMany, cache.policy).remember(layer, group.heads, before)
     positions = model.positions()
