@@ -43,8 +43,7 @@ from vtc.training.tokenizer import evaluate
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Parse, make, write; 0 done, 1 failed (one sentence on stderr)."""
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the base: bundled name, or folder of a LocalVQ")
     parser.add_argument("--train_data_dir", type=Path, required=True)
@@ -60,7 +59,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
     for field in dataclasses.fields(CodebookRecipe):
         parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, make, write; 0 done, 1 failed (one sentence on stderr)."""
+    args = parse_args(arguments)
     try:
         make(args)
     except VtcError as error:
