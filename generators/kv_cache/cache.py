@@ -73,8 +73,8 @@ class KVCache:
     def _buffer(self) -> TokenBuffer | MixedBuffer:
         if isinstance(self.storage, MixedPrecision):
             return MixedBuffer(self.storage)
-        # A policy that keeps all knows how much that is; any other grows as it goes, a raster model's by half at a time,
-        # for its steps are many and small.
+        # A policy that keeps all knows how much that is. Any other grows as it goes: a raster model's by half at a
+        # time, for its steps are many and small.
         return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0,
                            1.5 if self.schedule.raster else 1.0)
 
@@ -186,7 +186,7 @@ class KVCache:
         return sum(g.nbytes + (g.metadata_nbytes if metadata else 0) for layer in self.groups for g in layer)
 
     def peak_nbytes(self) -> int:
-        """The most bytes of keys and values that were allocated at once: stored, on the move, joined for the attention."""
+        """The most bytes of keys and values allocated at once: stored, on the move, joined for the attention."""
         return self._peak
 
     def kept(self, layer: int) -> list[int]:
