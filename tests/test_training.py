@@ -1,51 +1,240 @@
-"""The training loop: numbered crops, resuming to the bit, the recipe's learning rate."""
+"""Training tokenizers: every network and quantizer learns, the discriminator's part, the codebook's start, stage 2."""
 
+import math
 from importlib import import_module
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from torch import Tensor
 
-from tests.shared import SHARED, needs_shared
+from tests.shared import ROOT, SHARED, needs_shared
+from tests.test_training_data import photographs  # noqa: F401  # a fixture
+from vtc.errors import ConfigError
+from vtc.tokenizers.base import Tokenizer
+from vtc.tokenizers.composed import NETWORKS, QUANTIZERS, compose
 from vtc.tokenizers.local_vq import LocalVQ
+from vtc.tokenizers.losses import adaptive_weight
 from vtc.tokenizers.lpips import LPIPS
+from vtc.tokenizers.wetok import WeTok
 from vtc.training.data import RandomCrops, image_files
+from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss, RandomView
-from vtc.training.tokenizer import TokenizerRecipe, TokenizerTrainer
+from vtc.training.tokenizer import MODELS, TokenizerRecipe, TokenizerTask, evaluate, make_tokenizer
+
+NARROW = {"channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}  # f = 4
+VQGAN = {**NARROW, "z_channels": 8}
+LOCAL = {"encoder_widths": [8], "encoder_depths": [1], "decoder_widths": [8, 8], "decoder_depths": [1, 1], "thin": 4}
+NETWORK_ARGS = {"vqgan": {**VQGAN, "mid_attention": False}, "wetok": NARROW, "local_vq": LOCAL}
+VQ = {"codebook_size": 8, "dim": 4}
+QUANTIZER_ARGS = {
+    "vq": VQ, "gradient_vq": VQ, "ibq": VQ, "lfq": {"bits": 4}, "group_lfq": {"groups": 2, "bits": 3},
+    "bsq": {"dim": 4, "group_bits": 2}, "fsq": {"levels": [5, 5, 3]},
+    "product": {"quantizers": [{"quantizer": "vq", **VQ}, {"quantizer": "lfq", "bits": 2}]},
+    "residual": {"quantizers": [{"quantizer": "gradient_vq", **VQ}, {"quantizer": "gradient_vq", **VQ}]},
+    "multi_scale_vq": {**VQ, "scales": [1, 2, 4], "phis": 2}, "multi_scale_bsq": {"dim": 4, "scales": [1, 2, 4]}}
+MODEL_ARGS = {
+    "local_vq": {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8, 8], "encoder_depths": [1, 1, 1],
+                 "decoder_widths": [8, 8, 8, 8], "decoder_depths": [1, 1, 1, 1], "thin": 4},
+    "pyramid_vq": {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8], "encoder_depths": [1, 1],
+                   "decoder_widths": [8, 8, 8], "decoder_depths": [1, 1, 1], "thin": 4, "sides": [1, 2], "phis": 1},
+    "vqgan": {**VQGAN, "codebook_size": 16, "embed_dim": 4, "attention_levels": []},
+    "ibq": {**VQGAN, "codebook_size": 16, "embed_dim": 4, "attention_levels": []},
+    "llamagen": {**VQGAN, "codebook_size": 16, "embed_dim": 4},
+    "wetok": {**NARROW, "groups": 2, "bits_per_group": 4}, "open_magvit2": {**NARROW, "bits": 5},
+    "var_vqvae": {**NARROW, "codebook_size": 16, "z_channels": 8, "sides": [1, 2, 4], "phis": 3},
+    "infinity_vae": {**NARROW, "bits": 4, "sides": [1, 2, 4]},
+    "diffusers_vq": {"settings": {"down_block_types": ["DownEncoderBlock2D"] * 2,
+                                  "up_block_types": ["UpDecoderBlock2D"] * 2, "block_out_channels": [32, 32],
+                                  "latent_channels": 4, "num_vq_embeddings": 16, "vq_embed_dim": 4}}}
 
 
-@pytest.fixture
-def photographs(tmp_path):
-    """Four pictures of noise with an edge; one smaller than the crop."""
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (height, width) in enumerate([(80, 100), (64, 64), (90, 70), (40, 60)]):
-        pixels = rng.integers(0, 80, (height, width, 3), dtype=np.uint8)
-        pixels[:, width // 2 :] += 150
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-    return folder
+def recipe(**changes) -> TokenizerRecipe:
+    values = dict(resolution=16, train_batch_size=2, max_train_steps=6, lr_warmup_steps=2, continuous_steps=0,
+                  perceptual_weight=0.0, mixed_precision="no", dataloader_num_workers=0, report_to="none")
+    return TokenizerRecipe(**{**values, **changes})
 
 
-def test_a_numbered_crop_is_always_the_same_and_every_epoch_shows_every_picture(photographs):
-    crops = RandomCrops(image_files(photographs), 32, seed=3)
-    first = crops[5]
-    assert first.shape == (3, 32, 32) and first.dtype == torch.uint8
-    assert torch.equal(first, RandomCrops(image_files(photographs), 32, seed=3)[5])
-    assert not torch.equal(first, RandomCrops(image_files(photographs), 32, seed=4)[5])
-    epoch = [np.random.default_rng((3, e)).permutation(4).tolist() for e in range(2)]
-    assert all(sorted(e) == [0, 1, 2, 3] for e in epoch)
+def pictures(count: int = 2, side: int = 16) -> Tensor:
+    """(N, 3, side, side) uint8."""
+    return torch.randint(256, (count, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_learning_rate_warms_up_and_ends_at_its_floor():
-    recipe = TokenizerRecipe(max_train_steps=100, lr_warmup_steps=10, learning_rate=1e-3, final_learning_rate=1e-5)
-    assert recipe.learning_rate_at(0) == pytest.approx(1e-4)
-    assert recipe.learning_rate_at(9) == recipe.learning_rate_at(10) == pytest.approx(1e-3)
-    assert recipe.learning_rate_at(55) == pytest.approx((1e-3 + 1e-5) / 2)
-    assert recipe.learning_rate_at(100) == pytest.approx(1e-5)
+def local(**more) -> Tokenizer:
+    torch.manual_seed(1)
+    return make_tokenizer("local_vq", {**MODEL_ARGS["local_vq"], **more})
 
+
+# ---- every network and quantizer ------------------------------------------------------------------------------------
+
+def assert_learns(model: Tokenizer) -> None:
+    """One step of the loss reaches every weight; attention's shift of all keys alike changes nothing and is left out.
+    """
+    task = TokenizerTask(model.train(), recipe())
+    task.before_step(0)
+    terms = task.losses("model", pictures(), 0)
+    assert all(math.isfinite(term.item()) for term in terms.values()) and terms["l1"] > 0
+    sum(terms.values(), torch.zeros(())).backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+        assert p.grad.any() or name.endswith((".k.bias", ".to_k.bias")), name
+    report = task.report(0)
+    assert 0 < report["codebook_usage"] <= 1 and report["codebook_perplexity"] >= 1
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_every_network_learns_with_every_quantizer(network, quantizer):
+    torch.manual_seed(0)
+    assert_learns(compose(network, quantizer, NETWORK_ARGS[network], QUANTIZER_ARGS[quantizer]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_learns(name):
+    torch.manual_seed(0)
+    assert_learns(make_tokenizer(name, MODEL_ARGS[name]))
+
+
+def test_models_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match="There is no model 'vcgan'; there are local_vq"):
+        make_tokenizer("vcgan", {})
+    with pytest.raises(ConfigError, match="VQGAN has no argument 'width', but codebook_size"):
+        make_tokenizer("vqgan", {"width": 3})
+    with pytest.raises(ConfigError, match="There is no quantizer 'qv'"):
+        compose("vqgan", "qv")
+    with pytest.raises(ConfigError, match="There is no network 'unet'"):
+        compose("unet", "fsq", {}, {"levels": [3]})
+    with pytest.raises(ConfigError, match="LFQ cannot be made of"):
+        compose("wetok", "lfq", NARROW, {"bits": "many"})
+
+
+def test_a_composed_tokenizer_is_saved_and_loaded(tmp_path):
+    from vtc.models import load_tokenizer
+
+    for quantizer in ("residual", "multi_scale_vq"):
+        torch.manual_seed(0)
+        model = compose("local_vq", quantizer, LOCAL, QUANTIZER_ARGS[quantizer]).eval()
+        model.save_pretrained(tmp_path / quantizer)
+        loaded, again = load_tokenizer(tmp_path / quantizer), load_tokenizer(tmp_path / quantizer)
+        tokens = loaded.encode(pictures().float() / 255)
+        assert torch.equal(loaded.decode(tokens), again.decode(tokens)) and tokens.layout == model.layout(16, 16)
+        assert loaded.fingerprint() == again.fingerprint() == model.fingerprint()
+
+
+# ---- the discriminator ----------------------------------------------------------------------------------------------
+
+GAN = dict(gan_weight=0.5, gan_start=3, discriminator_channels=4, discriminator_layers=2, discriminator_norm="none")
+
+
+def test_the_discriminator_joins_at_its_step_and_sees_reconstructions_without_gradient():
+    task = TokenizerTask(local(), recipe(**GAN, lecam_weight=0.1, discriminator_learning_rate=2e-4))
+    assert "gan" not in task.losses("model", pictures(), 2) and task.losses("discriminator", pictures(), 2) == {}
+    terms = task.losses("model", pictures(), 3)
+    critic = task.players["discriminator"]
+    output, _ = task.reconstruct(pictures().float() / 255, 3)
+    fake = critic(output)
+    torch.testing.assert_close(terms["gan"], -0.5 * fake.mean(), atol=1e-6, rtol=0)
+    judged = task.losses("discriminator", pictures(), 3)
+    real = critic(pictures().float() / 255)
+    expected = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
+    torch.testing.assert_close(judged["hinge"], expected, atol=1e-6, rtol=0)
+    assert judged["lecam"] > 0
+    sum(judged.values(), torch.zeros(())).backward()
+    assert all(p.grad is None for p in task.model.parameters())
+    shares = [group["share"] for group in task.parameter_groups("discriminator", task.recipe)]
+    assert shares == pytest.approx([0.25] * len(shares))
+    assert "share" not in task.parameter_groups("model", task.recipe)[0]
+
+
+@pytest.mark.parametrize("kind", ("patch", "blur", "spectral"))
+def test_other_losses_and_networks_of_the_discriminator(kind):
+    sizes = {"blur": 32, "patch": 4, "spectral": 64}
+    settings = {**GAN, "discriminator": kind, "discriminator_channels": sizes[kind]}
+    task = TokenizerTask(local(), recipe(**settings, gan_loss="non_saturating", discriminator_loss="vanilla"))
+    terms = task.losses("model", pictures(), 3)
+    assert terms["gan"] > 0 and task.losses("discriminator", pictures(), 3)["vanilla"] > 0
+
+
+def test_the_adaptive_weight_is_the_published_one():
+    """At one process, `vtc.tokenizers.losses.adaptive_weight` at the decoder's last convolution; to 1e-5, relative."""
+    model = local().eval()  # no codebook moves between the two
+    task = TokenizerTask(model, recipe(**GAN, adaptive_weight=True))
+    terms = task.losses("model", pictures(), 3)
+    images = pictures().float() / 255
+    output, _ = task.reconstruct(images, 3)
+    opinion = -task.players["discriminator"](output).mean()
+    weight = adaptive_weight(3.0 * (output - images).abs().mean(), opinion, model.decoder.head.weight)
+    torch.testing.assert_close(terms["gan"], 0.5 * weight * opinion, rtol=1e-5, atol=0)
+
+
+# ---- the codebook ---------------------------------------------------------------------------------------------------
+
+def test_the_entropy_weight_is_annealed_as_in_wetok():
+    model = make_tokenizer("wetok", MODEL_ARGS["wetok"])
+    task = TokenizerTask(model, recipe(entropy_boost=3.0, entropy_annealing_steps=100))
+    seen = []
+    for step in (0, 50, 100, 200):
+        task.before_step(step)
+        seen.append(model.quantizer.entropy)
+    assert seen == pytest.approx([0.4, 0.25, 0.1, 0.1])
+    pyramid = make_tokenizer("infinity_vae", MODEL_ARGS["infinity_vae"])
+    TokenizerTask(pyramid, recipe(entropy_weight=0.7)).before_step(0)
+    assert pyramid.quantizer.bsq.entropy == 0.7
+
+
+@pytest.mark.parametrize("name", ("local_vq", "pyramid_vq", "vqgan"))
+def test_the_codebook_starts_from_latents_after_the_continuous_steps(name):
+    torch.manual_seed(0)
+    model = make_tokenizer(name, MODEL_ARGS[name])
+    task = TokenizerTask(model, recipe(continuous_steps=3, resolution=32))
+    before = model.quantizer.codebook.detach().clone()
+    for step in range(3):
+        task.before_step(step)
+        assert "quantizer" not in task.losses("model", pictures(4, 32), step)
+        assert task.report(step) == {}
+    state = task.state_dict()
+    again = TokenizerTask(make_tokenizer(name, MODEL_ARGS[name]), recipe(continuous_steps=3, resolution=32))
+    again.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(state["warm"], again._warm, strict=True))
+    task.before_step(3)
+    assert not torch.equal(model.quantizer.codebook, before)
+    assert "quantizer" in task.losses("model", pictures(4, 32), 3)
+    report = task.report(3)
+    assert report["codebook_usage"] > 0.3 and ("scale_1_perplexity" in report) == (name == "pyramid_vq")
+
+
+def test_usage_and_perplexity_count_each_scale_and_group():
+    model = make_tokenizer("infinity_vae", MODEL_ARGS["infinity_vae"])
+    task = TokenizerTask(model, recipe())
+    indices = torch.zeros(2, 1 + 4 + 16, 4, dtype=torch.int64)
+    indices[:, 5:, 0] = torch.arange(16) % 2  # one bit of the last scale alone moves
+    task._count(indices, 16, 16)
+    report = task.report(0)
+    assert report["codebook_usage"] == pytest.approx((1.0 + 3 * 0.5) / 4)
+    assert report["scale_0_perplexity"] == report["scale_1_perplexity"] == 1.0
+    assert report["scale_2_perplexity"] == pytest.approx((2 + 3) / 4)
+
+
+# ---- stage 2 --------------------------------------------------------------------------------------------------------
+
+def test_stage_2_trains_the_decoder_alone_and_its_noise(tmp_path):
+    torch.manual_seed(0)
+    stage1 = WeTok(**MODEL_ARGS["wetok"])
+    model = stage1.to_generative()
+    task = TokenizerTask(model, recipe(stage2=True))
+    output, _ = task.reconstruct(pictures().float() / 255, 0)
+    torch.testing.assert_close(output, stage1(pictures().float() / 255)[0], atol=1e-6, rtol=0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    crops = lambda first, count: (pictures() for _ in range(count))  # noqa: E731
+    Loop(task, recipe(stage2=True), Accelerator(cpu=True), crops, tmp_path).train(stop_at=2)
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == {n for n in before if n.startswith("decoder.")}
+    assert model.decoder.conv_in.weight[:, 8:].any() and not model.encoder.training
+    assert task.losses("model", pictures(), 5).keys() == {"l1"}
+
+
+# ---- looking at it --------------------------------------------------------------------------------------------------
 
 def test_a_random_view_is_the_same_for_both_pictures_and_lets_gradients_through():
     torch.manual_seed(0)
@@ -65,43 +254,83 @@ def test_the_perceptual_loss_is_zero_only_for_equal_pictures():
     assert loss(image, image.flip(2)).item() > 0.05
 
 
-def _train(photographs, output_dir, stops: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Train to the last of `stops`, each stop a new trainer that resumes from the checkpoint of the one before."""
-    recipe = TokenizerRecipe(resolution=32, train_batch_size=2, max_train_steps=6, lr_warmup_steps=2,
-                             continuous_steps=3)
+@needs_shared("weights")
+@pytest.mark.parametrize("name", ("local_vq", "infinity_vae"))
+def test_validation_measures_whole_pictures(name):
+    model = make_tokenizer(name, MODEL_ARGS[name]).eval()
+    images = [torch.rand(3, 40, 56), torch.rand(3, 33, 35)]
+    result = evaluate(model, images, LPIPS("alex", SHARED / "weights"))
+    assert {"psnr", "lpips_alex", "codebook_perplexity", "codebook_usage", "codebook_entropy_bits"} <= result.keys()
+    tokens = [model.encode(i[None]) for i in images]
+    errors = [((model.decode(t) * 255).round() / 255 - i).square().mean() for t, i in zip(tokens, images, strict=True)]
+    assert result["psnr"] == pytest.approx(sum(-10 * math.log10(e.item()) for e in errors) / 2, abs=1e-4)
+    task = TokenizerTask(model, recipe(resolution=32), judge=None, validation=images)
+    grid = task.samples(model, 0)
+    assert grid is not None and grid.shape == (4, 3, 32, 32)
+    assert torch.equal(grid[0], images[0][:, 4:36, 12:44])
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+def _train(folder: Path, output_dir: Path, stops: tuple[int, ...], name: str) -> dict[str, Tensor]:
+    """Train to the last of `stops`, each stop a new loop that resumes from the checkpoint of the one before."""
+    settings = recipe(resolution=32, continuous_steps=3, perceptual_weight=1.0, checkpointing_steps=2, **GAN)
     perceptual = LPIPS("squeeze", SHARED / "weights")
     for i, stop in enumerate(stops):
         torch.manual_seed(1 if i == 0 else 99)  # a resumed run must not depend on how its process was seeded
-        accelerator = Accelerator(cpu=True)
-        model = LocalVQ(codebook_size=16, dim=4, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
-                        decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
-        output_dir.mkdir(exist_ok=True)
-        trainer = TokenizerTrainer(model, recipe, accelerator, image_files(photographs), output_dir, perceptual,
-                                   judge=None, validation=[])
+        task = TokenizerTask(make_tokenizer(name, MODEL_ARGS[name]), settings, perceptual)
+        crops = RandomCrops(image_files(folder), 32, settings.seed)
+        loop = Loop(task, settings, Accelerator(cpu=True), crops, output_dir)
         if i:
-            accelerator.load_state(str(output_dir / "checkpoint"))
-        average = trainer.train(checkpointing_steps=2, validation_steps=100, stop_at=stop)
-    return {**trainer.model.state_dict(), **{f"average.{k}": v for k, v in average.state_dict().items()}}
+            loop.resume("latest")
+        average = loop.train(stop_at=stop)
+    return {**{f"{n}.{k}": v for n, m in task.players.items() for k, v in m.state_dict().items()},
+            **{f"average.{k}": v for k, v in average.state_dict().items()},
+            **{f"buffer.{k}": v for k, v in task.model.named_buffers()}}
 
 
 @needs_shared("weights")
-def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(photographs, tmp_path):
-    whole = _train(photographs, tmp_path / "whole", (6,))
-    resumed = _train(photographs, tmp_path / "resumed", (2, 4, 6))
+@pytest.mark.parametrize("name", ("local_vq", "pyramid_vq"))
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(photographs, tmp_path, name):  # noqa: F811
+    """Over the codebook's start and the discriminator's."""
+    whole = _train(photographs, tmp_path / "whole", (6,), name)
+    resumed = _train(photographs, tmp_path / "resumed", (2, 4, 6), name)
     assert whole.keys() == resumed.keys()
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, resumed[name]), name
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, resumed[key]), key
 
 
 def test_a_finished_model_starts_the_next_with_a_smaller_codebook(tmp_path):
-    train_tokenizer = import_module("scripts.train_tokenizer")
+    script = import_module("scripts.train_tokenizer")
     model = LocalVQ(codebook_size=16, dim=4, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
                     decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
     model.token_frequencies = torch.tensor([[2**20 - 15 * 2**15] + 15 * [2**15]], dtype=torch.int32)
     model.save_pretrained(tmp_path)
-    same = train_tokenizer.started_from(str(tmp_path), 16)
+    same = script.started_from(str(tmp_path), 16)
     assert same.training and torch.equal(same.quantizer.codebook, model.quantizer.codebook.half().float())
-    smaller = train_tokenizer.started_from(str(tmp_path), 5)
+    smaller = script.started_from(str(tmp_path), 5)
     assert smaller.training and smaller.quantizer.codebook.shape == (5, 4)
     assert smaller.token_frequencies.sum() == 2**20
     assert torch.equal(smaller.decoder.head.weight, same.decoder.head.weight)
+
+
+def test_the_script_trains_resumes_and_refuses(photographs, tmp_path, capsys):  # noqa: F811
+    script = import_module("scripts.train_tokenizer")
+    debug = ["--config", str(ROOT / "scripts" / "configs" / "tokenizer_debug.yaml"), "--train_data_dir",
+             str(photographs), "--output_dir", str(tmp_path), "--report_to", "none"]
+    assert script.main(debug) == 0
+    assert (tmp_path / "model" / "model.safetensors").is_file() and (tmp_path / "checkpoint-4").is_dir()
+    assert next((tmp_path / "samples").glob("*.png")).stat().st_size > 100
+    assert script.main([*debug, "--max_train_steps", "6", "--resume_from_checkpoint", "latest"]) == 0
+    assert "Going on from checkpoint-4, with max_train_steps 4 -> 6." in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-6").is_dir()
+    for flags, message in ((["--model", "vcgan"], "no model 'vcgan'"), (["--mixed_precision", "fp16"], "needs a GPU"),
+                           (["--train_data_dir", str(tmp_path / "none")], "give a folder"),
+                           (["--resume_from_checkpoint", "checkpoint-7"], "is no checkpoint"),
+                           (["--seed", "-1"], "--seed is at least 0")):
+        assert script.main([*debug, *flags]) == 1
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("train_tokenizer: ") and message in last
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*debug, "--learning_rat", "1", "--model_args", "x"])
+    assert stopped.value.code == 2
