@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.shared import SHARED, needs_shared
@@ -22,6 +23,7 @@ from vtc.eval.ssim import (
     padded_structural_similarity,
     structural_similarity,
 )
+from vtc.torchvision_guard import ensure_torchvision_imports
 
 FIXTURES = SHARED / "fixtures" / "eval"
 
@@ -154,6 +156,28 @@ def test_lpips_of_the_reference_images():
         metric.update(torch.zeros(1, 3, 30, 64), torch.zeros(1, 3, 30, 64))
     smallest = torch.zeros(1, 3, 31, 31)
     assert metric(smallest, smallest).item() == 0
+
+
+@pytest.mark.parametrize("backbone", ["alex", "squeeze", "vgg"])
+def test_lpips_equals_the_package(backbone, tmp_path):
+    """With the same random features and the package's own heads; theirs takes images in [-1, 1] unless told."""
+    ensure_torchvision_imports()
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    theirs = lpips.LPIPS(net=backbone, pnet_rand=True, verbose=False).eval()
+    features = {f"features.{layer}.{name}": tensor for part in theirs.net.children() for layer, module in
+                part.named_children() for name, tensor in module.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in features.items()}, tmp_path / "weights.safetensors")
+    preds, target = (x.float() for x in noisy_pair(48, 70))
+    metric = LearnedPerceptualImagePatchSimilarity(backbone, tmp_path / "weights.safetensors")
+    with torch.no_grad():
+        expected = theirs(preds, target, normalize=True).mean()
+    assert metric(preds, target).item() == pytest.approx(expected.item(), rel=1e-4)
+    save_file({"features.0.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing")
+    for name in ("other", "damaged"):
+        with pytest.raises(ModelError, match="not the features"):
+            LearnedPerceptualImagePatchSimilarity(backbone, tmp_path / f"{name}.safetensors")
 
 
 def test_lpips_without_weights_is_refused(tmp_path, monkeypatch):

@@ -92,7 +92,13 @@ class LPIPS(nn.Module):
             raise ConfigError(f"LPIPS has the backbones {', '.join(BACKBONES)}, not {backbone!r}.")
         self.backbone = backbone
         self.features, self.taps, widths = BACKBONES[backbone]()
-        self.features.load_state_dict(_backbone_weights(backbone, weights))
+        try:
+            self.features.load_state_dict(_backbone_weights(backbone, weights))
+        except ModelError:
+            raise
+        except Exception as error:  # a damaged file and other tensors raise whatever they hit
+            raise ModelError(f"The weights for LPIPS are not the features of {backbone!r}: "
+                             f"{' '.join(str(error).split())[:200]}.") from error
         self.heads = nn.ParameterList(_linear_heads(backbone, widths))
         # ImageNet normalisation as LPIPS applies it to images in [-1, 1].
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1), persistent=False)
