@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -110,11 +111,13 @@ class Collector:
 class Measure:
     """One entry of `vtc.eval.names.MEASURES`.
 
-    settings: everything that changes its numbers, for provenance and for the cache's key.
+    settings: everything that changes its numbers, for provenance and for the cache's key. set_settings: what changes
+    results but nothing of what is kept of an image, for provenance only.
     """
 
     alias: str
     settings: Mapping[str, Any]
+    set_settings: Mapping[str, Any] = MappingProxyType({})
     statistics: tuple[Statistic, ...] = ()
 
     @property
@@ -369,8 +372,9 @@ class Features(Measure):
     """
 
     def __init__(self, alias: str, extractor: nn.Module, metrics: Mapping[str, Callable[[nn.Module], Any]],
-                 protocol: Protocol, weights: Mapping[str, Any], size: int | None = None) -> None:
-        self.alias, self.extractor, self.metrics = alias, extractor, metrics
+                 protocol: Protocol, weights: Mapping[str, Any], size: int | None = None,
+                 set_settings: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.alias, self.extractor, self.metrics, self.set_settings = alias, extractor, metrics, set_settings
         self.protocol, self.size = protocol, size
         self.settings = {"network": str(extractor.name), **weights, "rounding": protocol.feature_rounding,
                          "resize": protocol.feature_resize} | ({"patch": size} if size else {})
@@ -486,7 +490,8 @@ def _features(alias: str, o: Options) -> Measure:
         "patch_fd": (f"patch_{frechet}", FrechetDistance),
         "kd": (kernel, lambda network: KernelInceptionDistance(network, seed=o.seed)),
         "precision_recall": (suffix, lambda network: PrecisionRecallMetric(network, seed=o.seed))}
-    return Features(alias, extractor, dict([metrics[kind]]), o.protocol, weights, 256 if kind == "patch_fd" else None)
+    return Features(alias, extractor, dict([metrics[kind]]), o.protocol, weights, 256 if kind == "patch_fd" else None,
+                    {"seed": o.seed} if kind in ("kd", "precision_recall") else {})
 
 
 @cache

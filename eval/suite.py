@@ -343,7 +343,7 @@ class Suite:
     def _conditions(self, tally: Tally) -> dict[str, Any]:
         return {"reference_set": self.reference_set, "images_sha256": tally.digest.hexdigest(), "n": len(tally.images),
                 "protocol": self.protocol.describe(), "size": self.size, "device": self.device,
-                "metrics": {m.alias: dict(m.settings) for m in self.measures}, "packages": versions()}
+                "metrics": {m.alias: {**m.settings, **m.set_settings} for m in self.measures}, "packages": versions()}
 
 
 class Tally:

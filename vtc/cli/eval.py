@@ -186,6 +186,8 @@ def evaluate(args: argparse.Namespace) -> int:
         measures = _measures(names, options, asked=set(args.metrics), problems=problems)
         measures += _fidelity(args, problems)
         if not measures:
+            for problem in problems[:-1]:
+                say(problem.sentence)
             raise VtcError(problems[-1].sentence if problems else "No metric is available; see --metrics.")
         suite = _suite(args, methods, measures, options, processes, stack)
         added = [result for path in args.add for result in from_json(path)]
