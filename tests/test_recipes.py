@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.shared import ROOT
 from vtc.errors import ConfigError
-from vtc.models import load_tokenizer
+from vtc.models import load_generator, load_tokenizer
 from vtc.tokenizers.vqgan import VQGAN
 from vtc.training.codebook_task import CodebookTaskRecipe, clustered
 from vtc.training.generator import GeneratorRecipe
@@ -41,7 +41,7 @@ LINES = [(page.name, words) for page in PAGES for words in launch_lines(page.rea
 
 def parsed(words: list[str]):
     """(name of the script, its parsed arguments)."""
-    place = next(i for i, word in enumerate(words) if word.startswith("scripts/"))
+    place = next(i for i, word in enumerate(words) if word.startswith("scripts/") and word.endswith(".py"))
     name = words[place].removeprefix("scripts/").removesuffix(".py")
     return name, import_module(f"scripts.{name}").parse_args(words[place + 1 :])
 
@@ -60,7 +60,7 @@ def test_a_launch_line_is_what_its_script_takes(page, words, monkeypatch):
         recipe_from(recipe_of(name, args), args)
     if name == "train_tokenizer" and not args.init_from:
         with torch.device("meta"):
-            assert sum(p.numel() for p in make_tokenizer(args.model, args.model_args).parameters()) > 1e6
+            make_tokenizer(args.model, args.model_args)
 
 
 def test_every_system_has_a_page_and_every_configuration_a_launch_line():
@@ -106,9 +106,8 @@ def test_the_debug_configurations_go_from_pictures_to_a_generator(photographs, t
     assert tokens.labels.tolist() == [0, 0, 0, 1, 1, 1] and tokens.facts.views == 2
     run("train_generator", "generator_debug.yaml", "--tokenizer", tokenizer, "--tokens", str(tmp_path / "tokens"),
         "--output_dir", str(tmp_path / "var"))
-    from vtc.generators.pretrained import load_generator
-
-    assert load_generator(tmp_path / "var/model") is not None
+    generator = load_generator(str(tmp_path / "var/model"))
+    assert generator.model.sides == (1, 2, 4, 8) and generator.model.classes == 2
 
 
 def small_vqgan() -> VQGAN:

@@ -165,6 +165,20 @@ def test_two_writers_of_one_shard_are_refused(tmp_path):
     first._file.close()
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts open files as Linux does")
+def test_many_shards_need_no_more_open_files_than_one(tmp_path):
+    class Counting(TinyGrid):
+        most = 0
+
+        def encode(self, images):
+            Counting.most = max(Counting.most, len(os.listdir("/proc/self/fd")))
+            return super().encode(images)
+
+    before = len(os.listdir("/proc/self/fd"))
+    maker(tmp_path, source(30), Counting(), shard_size=1).run(quiet=True)
+    assert before < Counting.most <= before + 3
+
+
 def test_processes_share_the_shards_and_their_number_changes_nothing(tmp_path):
     maker(tmp_path / "one", source()).run(quiet=True)
     made = [maker(tmp_path / "two", source()).run(rank, 2, quiet=True).shards for rank in (1, 0)]

@@ -163,13 +163,14 @@ class ShardWriter:
     """One shard in the making; `samples` are those that a run before this one left.
 
     A batch is on its way to the disk when `append` returns, so a killed process loses the batch in work and no more.
-    Raises FileError where another process writes the same shard, or the disk is full.
+    Use it in a `with` block, which lets the file go. Raises FileError where another process writes the same shard, or
+    the disk is full.
     """
 
     def __init__(self, facts: TokenSet, folder: Path, shard: int, storage: Storage) -> None:
         self.facts, self.storage = facts, storage
         self.target = facts.path(folder, shard, storage)
-        self.journal = folder / f".{self.target.name}.journal"
+        self.journal = self.journal_of(self.target)
         self.samples: list[Sample] = []
         try:
             self._file = open(self.journal, "r+b" if self.journal.exists() else "x+b")  # noqa: SIM115  # until the end
@@ -189,6 +190,17 @@ class ShardWriter:
             self._file.truncate()
         except OSError as error:
             raise self._unwritable(error) from error
+
+    @staticmethod
+    def journal_of(target: Path) -> Path:
+        """Where an unfinished shard's samples lie."""
+        return target.with_name(f".{target.name}.journal")
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
 
     def keep(self, count: int) -> None:
         """Forget all samples but the first `count`."""

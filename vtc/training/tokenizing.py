@@ -113,13 +113,13 @@ class _Batches(Sampler[list[int]]):
     """Numbers of pictures, batch by batch: for each shard what is left of it, cut where a whole run would cut it."""
 
     def __init__(self, parts: Sequence[range], size: int) -> None:
-        self.batches = [list(part[i : i + size]) for part in parts for i in range(0, len(part), size)]
+        self.parts, self.size = parts, size
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return sum(-(-len(part) // self.size) for part in self.parts)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
+        return (list(part[i : i + self.size]) for part in self.parts for i in range(0, len(part), self.size))
 
 
 def _as_it_is(batch: list[_Loaded]) -> list[_Loaded]:
@@ -186,45 +186,56 @@ class DatasetTokenizer:
         or not one picture could be read.
         """
         self._prepare_folder()
-        done, writers = Tokenized(), []
+        done, parts = Tokenized(), dict[int, range]()
         for shard in range(rank, self.facts.shards, count):
             members = self.facts.members(shard)
-            if self.facts.path(self.folder, shard, self.storage).exists():
-                done.kept += len(members)
-                continue
-            writer = ShardWriter(self.facts, self.folder, shard, self.storage)
-            writer.keep(len(writer.samples) // self.batch_size * self.batch_size
-                        if len(writer.samples) < len(members) else len(members))
-            done.kept += len(writer.samples)
-            writers.append((writer, members[len(writer.samples) :]))
-        total = sum(len(part) for _, part in writers)
+            there = len(members) if self.facts.path(self.folder, shard, self.storage).exists() else self._begun(shard)
+            done.kept += there
+            if there < len(members) or not self.facts.path(self.folder, shard, self.storage).exists():
+                parts[shard] = members[there:]
+        total = sum(map(len, parts.values()))
         bar = tqdm(total=total, unit="image", disable=quiet or rank > 0)
         with bar:
-            self._make(writers, done, bar)
+            self._make(parts, done, bar)
         if done.problems and done.pictures == len(done.problems) and not done.kept:
             key, problem = next(iter(done.problems.items()))
             raise TrainingError(f"None of {done.pictures} pictures could be read; {key}: {problem}")
         return done
 
-    def _make(self, writers: list[tuple[ShardWriter, range]], done: Tokenized, bar: Any) -> None:
+    def _begun(self, shard: int) -> int:
+        """How many samples of an unfinished shard a run before left, in whole batches."""
+        if not ShardWriter.journal_of(self.facts.path(self.folder, shard, self.storage)).exists():
+            return 0
+        with ShardWriter(self.facts, self.folder, shard, self.storage) as writer:
+            if len(writer.samples) < len(self.facts.members(shard)):
+                writer.keep(len(writer.samples) // self.batch_size * self.batch_size)
+            return len(writer.samples)
+
+    def _make(self, parts: dict[int, range], done: Tokenized, bar: Any) -> None:
         pictures = _Pictures(self.source, self.resolution, self.views, self.crop_range)
-        batches = iter(DataLoader(pictures, batch_sampler=_Batches([part for _, part in writers], self.batch_size),
+        batches = iter(DataLoader(pictures, batch_sampler=_Batches(list(parts.values()), self.batch_size),
                                   num_workers=self.num_workers, collate_fn=_as_it_is))
-        for writer, part in writers:
-            for _ in range(0, len(part), self.batch_size):
-                try:
-                    batch = next(batches)
-                except RuntimeError as error:
-                    if "worker" not in str(error):
-                        raise
-                    raise TrainingError("A process that reads pictures died, perhaps for lack of memory; run the same "
-                                        "command again, with fewer --num_workers.") from error
-                writer.append(self.encode(batch))
-                done.pictures += len(batch)
-                done.problems |= {loaded.key: loaded.problem for loaded in batch if loaded.pixels is None}
-                bar.update(len(batch))
-            writer.finish()
+        for shard, part in parts.items():
+            with ShardWriter(self.facts, self.folder, shard, self.storage) as writer:
+                self._fill(writer, part, batches, done, bar)
             done.shards += 1
+
+    def _fill(self, writer: ShardWriter, part: range, batches: Iterator[list[_Loaded]], done: Tokenized,
+              bar: Any) -> None:
+        """What is left of one shard."""
+        for _ in range(0, len(part), self.batch_size):
+            try:
+                batch = next(batches)
+            except RuntimeError as error:
+                if "worker" not in str(error):
+                    raise
+                raise TrainingError("A process that reads pictures died, perhaps for lack of memory; run the same "
+                                    "command again, with fewer --num_workers.") from error
+            writer.append(self.encode(batch))
+            done.pictures += len(batch)
+            done.problems |= {loaded.key: loaded.problem for loaded in batch if loaded.pixels is None}
+            bar.update(len(batch))
+        writer.finish()
 
     @torch.inference_mode()
     def encode(self, batch: Sequence[_Loaded]) -> list[Sample]:
