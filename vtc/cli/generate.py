@@ -201,8 +201,9 @@ def _target(args: argparse.Namespace) -> Target | None:
         check_folder(args.output)
         format, suffix = FORMATS[args.format or "png"]
         return Target(format, suffix, args.output)
-    count = args.number or len(args.classes or args.prompt or [0] * 2)
-    if count > 1:
+    named = args.classes or args.prompt
+    count = args.number or (len(named) if named else None)
+    if count != 1 and not (count is None and args.features):  # how many features there are, the file says
         raise UsageError(f"-o {args.output} holds one picture: add -n 1, or give -o a folder")
     if args.previews and args.output == "-":
         raise UsageError("--previews writes several pictures, which cannot all go to stdout")

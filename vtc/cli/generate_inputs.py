@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vtc.errors import ConfigError, ImageError
+from vtc.errors import ConfigError, ImageError, VtcError, sentence
 from vtc.files import read_file
 
 if TYPE_CHECKING:
@@ -149,7 +149,11 @@ def given_tokens(args: argparse.Namespace, generator: LoadedGenerator, height_to
 def _of_stream(generator: LoadedGenerator, path: Path) -> tuple[Tensor, Tensor]:
     from vtc.codecs.token_codec import TokenCodec
 
-    received = TokenCodec(generator.tokenizer).receive(read_file(path))
+    stream = read_file(path)
+    try:
+        received = TokenCodec(generator.tokenizer).receive(stream)
+    except VtcError as error:
+        raise type(error)(sentence(error, str(path))) from error
     return received.tokens.indices, ~received.lost.any(2)
 
 
