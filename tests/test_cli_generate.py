@@ -284,7 +284,8 @@ def test_a_stream_gives_its_tokens_and_what_it_lost_is_drawn(here: Path, models:
     Path("b.vtc").write_bytes(stream)
     assert run("llamagen", "--class", "1", "-o", "a.png", "--given", "b.vtc").code == 0
     assert torch.equal(heard[-1][~received.lost], words[~received.lost])
-    assert "b.vtc: The stream was made with other weights" in run("var", "-n", "1", "-o", "a.png", "--given", "b.vtc").err
+    said = run("var", "-n", "1", "-o", "a.png", "--given", "b.vtc")
+    assert "b.vtc: The stream was made with other weights" in said.err
 
 
 # ---- texts
@@ -370,7 +371,8 @@ def test_speculative_decoding_draws_one_picture_a_seed(here: Path, run: Say) -> 
     (["-o", "out", "--kv_storage", "int3"], "stored as one of"), (["-o", "out", "-n", "0"], "no whole number"),
     (["-o", "out", "--kv", "full+int8", "--kv_storage", "int4"], "say it once"), ([], "say where the pictures go"),
     (["-o", "out", "--class", "1", "--prompt", "x"], "not allowed with"), (["-o", "out", "--seed", "-1"], "no seed"),
-    (["-o", "a.png", "-n", "2"], "holds one picture"), (["-o", "a.png"], "holds one picture"), (["-o", "a.png", "--class", "1", "2"], "holds one picture"),
+    (["-o", "a.png", "-n", "2"], "holds one picture"), (["-o", "a.png"], "holds one picture"),
+    (["-o", "a.png", "--class", "1", "2"], "holds one picture"),
     (["-o", "a.png", "-n", "1", "--format", "jpeg"], "contradict"), (["-o", "out", "--mask", "m.png"], "say of what"),
     (["-o", "-", "-n", "1", "--previews"], "cannot all go to stdout"),
     (["-o", "out", "--sheet", "a.jpg"], "end in .png"), (["-o", "out", "--device", "tpu"], "tpu"),
@@ -463,7 +465,8 @@ def test_a_published_checkpoint_becomes_a_folder_that_draws(here: Path, capsys: 
     assert pixels("a.png").shape == (64, 64, 3)
     capsys.readouterr()
     LocalVQ(32, 8, (8, 8, 8), (1, 1, 1), (8, 8, 8, 8), (1, 1, 1, 1), thin=4).save_pretrained("small")
-    for tokenizer, why in (("small", "This generator draws"), ("none", "No model 'none'"), ("c2i.pt", "none of the known")):
+    for tokenizer, why in (("small", "This generator draws"), ("none", "No model 'none'"),
+                           ("c2i.pt", "none of the known")):
         assert import_checkpoint.main(["c2i.pt", "bad", "--tokenizer", tokenizer, "--set", "heads=4", "--set",
                                        "side=4"]) == 1
         assert why in capsys.readouterr().err

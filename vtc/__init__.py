@@ -186,7 +186,9 @@ _MODULE_OF = {
     # generators
     "AdaptiveHeads": "vtc.generators.kv_cache.wrappers",
     "budget_from_ratio": "vtc.generators.kv_cache.policy",
+    "calibrate": "vtc.generators.calibrate",
     "Calibration": "vtc.generators.kv_cache.calibration",
+    "estimate_memory": "vtc.generators.memory",
     "Full": "vtc.generators.kv_cache.full",
     "generate_speculatively": "vtc.generators.speculative",
     "GenerationConfig": "vtc.generators.pretrained",
@@ -201,6 +203,7 @@ _MODULE_OF = {
     "load_generator_checkpoint": "vtc.generators.upstream",
     "LoadedGenerator": "vtc.generators.pretrained",
     "MixedPrecision": "vtc.generators.kv_cache.storage",
+    "parse_policy": "vtc.generators.kv_cache.specs",
     "PerLayer": "vtc.generators.kv_cache.wrappers",
     "PyramidKV": "vtc.generators.kv_cache.snapkv",
     "Recorder": "vtc.generators.kv_cache.calibration",
@@ -296,6 +299,7 @@ if TYPE_CHECKING:
     from vtc.eval.wavelet_bands import WaveletBandEnergies as WaveletBandEnergies
     from vtc.eval.wavelet_bands import band_energies as band_energies
     from vtc.eval.wavelet_bands import haar_bands as haar_bands
+    from vtc.generators.calibrate import calibrate as calibrate
     from vtc.generators.infinity import Infinity as Infinity
     from vtc.generators.infinity import scales_for as scales_for
     from vtc.generators.kv_cache.cache import KVCache as KVCache
@@ -313,10 +317,12 @@ if TYPE_CHECKING:
     from vtc.generators.kv_cache.sliding import StreamingLLM as StreamingLLM
     from vtc.generators.kv_cache.snapkv import PyramidKV as PyramidKV
     from vtc.generators.kv_cache.snapkv import SnapKV as SnapKV
+    from vtc.generators.kv_cache.specs import parse_policy as parse_policy
     from vtc.generators.kv_cache.storage import MixedPrecision as MixedPrecision
     from vtc.generators.kv_cache.wrappers import AdaptiveHeads as AdaptiveHeads
     from vtc.generators.kv_cache.wrappers import PerLayer as PerLayer
     from vtc.generators.llamagen import LlamaGen as LlamaGen
+    from vtc.generators.memory import estimate_memory as estimate_memory
     from vtc.generators.pretrained import GenerationConfig as GenerationConfig
     from vtc.generators.pretrained import LoadedGenerator as LoadedGenerator
     from vtc.generators.sampling import Guidance as Guidance
