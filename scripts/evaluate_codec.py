@@ -114,7 +114,8 @@ def evaluate(args: argparse.Namespace) -> None:
     report = {"model": describe(args.model, ours), "settings": settings,
               "means": {name: means(method) for name, method in results.items()},
               "codebook": {name.removeprefix("codebook_"): result.value
-                           for name, result in results["ours"].results.items() if name.startswith("codebook_")},
+                           for name, result in results["ours"].results.items() if name.startswith("codebook_")}
+              | {"tokens": int(results["ours"].value("codebook_tokens") or 0)},
               "provenance": provenance(), "rows": [asdict(row) for row in rows]}
     write_file(args.output / "results.json", json.dumps(finite(report), indent=1).encode() + b"\n")
     write_file(args.output / "results.csv", table_csv(rows).encode())
@@ -190,7 +191,7 @@ def markdown(report: dict, rows: list[Row]) -> str:
                  (("bpp", 4), ("psnr", 2), ("ms_ssim", 4), ("lpips_alex", 4), ("lattice_ratio", 2),
                   ("encode_seconds", 3), ("decode_seconds", 3))]
         lines.append(f"| {codec}{short} | {mean['num_images']} | " + " | ".join(cells) + " |")
-    lines += ["", f"Codebook: {codebook['usage']:.1%} of {model['vocab']} words used, perplexity "
+    lines += ["", f"Codebook: {codebook['usage']:.1%} of {' + '.join(map(str, model['vocab']))} words used, perplexity "
               f"{codebook['perplexity']:.0f}, {codebook['tokens']} tokens.", "", "## Each image", "",
               "| image | size | bytes | bpp | PSNR dB | MS-SSIM | LPIPS |", "|-|-|-|-|-|-|-|"]
     for row in rows:

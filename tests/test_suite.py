@@ -181,6 +181,17 @@ def test_mistakes_are_one_sentence_and_code_1(folders, run, tmp_path, monkeypatc
     assert len([line for line in done.err.splitlines() if line.endswith(".")]) >= 1
 
 
+def test_every_reason_is_told_where_nothing_is_left(folders, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ref").mkdir()
+    for name in ("0.png", "double.png", "double.ppm"):
+        save_image(picture(0, 32, 32), tmp_path / "ref" / name)
+    done = run("--codec", "nowhere", "--data", "ref")
+    assert done.code == 1 and "double stands for" in done.err and "nowhere" in done.err.splitlines()[-1]
+    done = run("ref", "ref", "--metrics", "fid,lpips")
+    assert done.code == 1 and "fid: FID needs" in done.err and "lpips_alex: LPIPS needs" in done.err
+
+
 @pytest.mark.parametrize("argv", [
     (), ("a",), ("a", "b", "--codec", "c"), ("--codec", "c"), ("--data", "d"), ("a", "b", "--metrics", "psnrr"),
     ("a", "b", "--json", "--csv", "-"), ("--peers", "gif", "--data", "."),

@@ -186,9 +186,7 @@ def evaluate(args: argparse.Namespace) -> int:
         measures = _measures(names, options, asked=set(args.metrics), problems=problems)
         measures += _fidelity(args, problems)
         if not measures:
-            for problem in problems[:-1]:
-                say(problem.sentence)
-            raise VtcError(problems[-1].sentence if problems else "No metric is available; see --metrics.")
+            raise _nothing(problems, "No metric is available; see --metrics.")
         suite = _suite(args, methods, measures, options, processes, stack)
         added = [result for path in args.add for result in from_json(path)]
         results, more = _run(suite, items, processes, args)
@@ -242,8 +240,15 @@ def _methods(args: argparse.Namespace, problems: list[Problem]) -> tuple[list[It
             except Exception as error:
                 failed(name, error)
     if not methods:
-        raise VtcError(problems[0].sentence if problems else "There is nothing to measure.")
+        raise _nothing(problems, "There is nothing to measure.")
     return items[: args.limit], methods
+
+
+def _nothing(problems: Sequence[Problem], otherwise: str) -> VtcError:
+    """What to raise where nothing is left to measure: the last problem, after the others were said."""
+    for problem in problems[:-1]:
+        say(problem.sentence)
+    return VtcError(problems[-1].sentence if problems else otherwise)
 
 
 def _peers(names: Sequence[str]) -> list[str]:
