@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from scripts import calibrate_kv
 from tests.shared import ROOT, needs_shared
 from tests.tiny_generators import TINY_GENERATORS, tiny_var
 from vtc import hub
@@ -32,6 +32,7 @@ from vtc.images import load_image, to_uint8
 from vtc.models import load_generator
 
 Say = Callable[..., SimpleNamespace]
+calibrate_kv = import_module("scripts.calibrate_kv")
 
 
 @pytest.fixture(scope="module")
