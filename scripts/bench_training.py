@@ -149,7 +149,8 @@ def case_of(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any, Any, Any]:
                                      decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
         side, batch = (32, 2) if args.tiny else (224, 64 if gpu else 6)
         recipe: Any = TokenizerRecipe(**common, resolution=side, train_batch_size=batch, continuous_steps=0,
-                                      perceptual_weight=0.0, gan_weight=0.1, discriminator_norm="group")
+                                      perceptual_weight=0.0, gan_weight=0.1, discriminator_norm="group",
+                                      discriminator_channels=8 if args.tiny else 64)
         task: Any = TokenizerTask(LocalVQ(**(small if args.tiny else {})), recipe)
         task.what = f"LocalVQ, {side} px, PatchGAN, no LPIPS"
     elif args.worker == "vae":

@@ -134,3 +134,16 @@ def test_a_clustered_codebook_is_tuned_and_the_networks_stay(photographs, tmp_pa
 def test_a_tokenizer_without_a_codebook_between_convolutions_is_refused():
     with pytest.raises(ConfigError, match=r"finetune_codebook\.py"):
         clustered(load_tokenizer(), 8)
+
+
+@pytest.mark.parametrize("case", ["vae", "generator"])
+def test_a_case_of_the_benchmark_is_measured_and_written_up(photographs, case):
+    bench = import_module("scripts.bench_training")
+    args = bench.parse_args(["--train_data_dir", str(photographs), "--tiny", "--steps", "1", "--workers", "0",
+                             "--worker", case, "--peak_tflops", "1"])
+    result = bench.measure(args)
+    assert min(result[name] for name in ("memory", "pictures", "loader", "gib", "flops", "parameters")) > 0
+    result |= {"memory": 0.5, "batch": 4, "loader": 16.0, "flops": 2e11}
+    row = bench.page([result], args).splitlines()[-1]
+    assert "| 8.0 |" in row and "| 2.0x |" in row
+    assert row.endswith("| 40.0% |")  # 0.2 TFLOP in half a second, where 1 TFLOP/s is the peak

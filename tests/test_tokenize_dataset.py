@@ -99,6 +99,13 @@ def test_tar_shards_are_webdatasets_with_a_description_that_its_readers_pass_ove
     assert member_key("a.b/c.d.png") == "a.b/c_d"
 
 
+def test_pictures_of_one_name_but_for_the_suffix_stay_apart(tmp_path):
+    pictures = Memory([("a.png", 0, png(0)), ("a.jpg", 1, png(1)), ("a.webp", 2, png(2))])
+    maker(tmp_path, pictures, storage="webdataset").run(quiet=True)
+    tokens = TokenShards(tmp_path)
+    assert [tokens.key(n) for n in range(3)] == ["a", "a-1", "a-2"] and tokens.labels.tolist() == [0, 1, 2]
+
+
 class Killed(TinyGrid):
     """After so many batches its process is no more; no handler and no `finally` runs."""
 

@@ -258,7 +258,8 @@ def _records(data: bytes, facts: TokenSet) -> Iterator[tuple[Sample, int]]:
 
 def _safetensors(facts: TokenSet, samples: list[Sample]) -> bytes:
     good = [sample for sample in samples if sample.indices is not None]
-    indices = np.stack([sample.indices for sample in good]) if good else np.zeros((0, *facts.shape), facts.dtype)
+    stacked = [sample.indices for sample in good if sample.indices is not None]
+    indices = np.stack(stacked) if stacked else np.zeros((0, *facts.shape), facts.dtype)
     about = {"facts": facts.text(), "keys": [sample.key for sample in good],
              "left_out": {sample.key: sample.problem for sample in samples if sample.indices is None}}
     # one entry: safetensors writes several in an order of its own, another one each time
@@ -270,6 +271,7 @@ def _tar(facts: TokenSet, samples: list[Sample]) -> bytes:
     """A .tar with no dates and no owners: the same samples give the same bytes."""
     stream = io.BytesIO()
     left_out = {sample.key: sample.problem for sample in samples if sample.indices is None}
+    taken: set[str] = set()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         def add(name: str, data: bytes) -> None:
             member = tarfile.TarInfo(name)
@@ -282,6 +284,9 @@ def _tar(facts: TokenSet, samples: list[Sample]) -> bytes:
                 array = io.BytesIO()
                 np.save(array, sample.indices)
                 key = member_key(sample.key)
+                if key in taken:  # a.jpg and a.png
+                    key = f"{key}-{len(taken)}"
+                taken.add(key)
                 add(f"{key}.tokens.npy", array.getvalue())
                 if sample.label != NO_LABEL:
                     add(f"{key}.cls", str(sample.label).encode())
