@@ -36,6 +36,7 @@ from vtc.tokenizers.losses import (
 )
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.patch_vae import PatchVAE, Residual
+from vtc.tokenizers.ranks import is_parallel
 from vtc.training.task import Task
 from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe, VAERecipe
 
@@ -303,7 +304,7 @@ class ScaleConsistentTask(VAETask):
             if self._output is None:  # a run that was resumed between two turns
                 with torch.no_grad():
                     self._output = student(images)[0]
-            hinge = 2 * hinge_discriminator_loss(critic(images), critic(self._output))
+            hinge = 2 * hinge_discriminator_loss(critic(images), critic(self._output.to(images)))
             return {"hinge": hinge, "penalty": recipe.penalty_weight * gradient_penalty(critic, images)}
         output, features = student(images)
         terms, distance = self._reconstruction_terms(output, images)
@@ -324,7 +325,8 @@ class ScaleConsistentTask(VAETask):
         return {"output": self._output}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._output = state["output"]
+        others = is_parallel() and torch.distributed.get_rank() > 0  # their outputs were others
+        self._output = None if others else state["output"]
 
 
 def symmetric(batch: Tensor) -> Tensor:
