@@ -6,27 +6,25 @@
 or plain `python`. Clusters the codebook (K-means over its words), fine-tunes how the decoder reads the new words,
 counts the entropy-coding tables, keeps on the validation pictures what the tuning made better, checks that LPIPS falls
 and the rate grows with the number of words, and only then writes `family.safetensors` into the model's folder (or to
---output). A run that was stopped goes on: finished members lie in --output_dir.
+--output). A run that was stopped goes on: members, finished and half, lie in --output_dir.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import shutil
 import sys
 from itertools import pairwise
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vtc import hub
-from vtc.errors import ConfigError, TrainingError, VtcError
+from vtc.errors import ConfigError, TrainingError
 from vtc.files import write_file
 from vtc.images import load_image
 from vtc.models import load_tokenizer
@@ -35,9 +33,19 @@ from vtc.tokenizers.codebook_clustering import cluster_codebook, with_codebook
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
+from vtc.training.checkpoints import all_checkpoints
 from vtc.training.codebook import CodebookRecipe, count_words, finetune, set_table, start_member
 from vtc.training.data import image_files
+from vtc.training.loop import (
+    add_recipe_flags,
+    make_accelerator,
+    parse_recipe_args,
+    recipe_from,
+    run_script,
+    seed_everything,
+)
 from vtc.training.perceptual import PerceptualLoss
+from vtc.training.recipe import result_settings
 from vtc.training.tokenizer import evaluate
 
 SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -48,7 +56,6 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the base: bundled name, or folder of a LocalVQ")
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to check the order on; none: no check")
-    parser.add_argument("--output_dir", type=Path, required=True, help="for finished members, the log and the report")
     parser.add_argument("--output", type=Path, help=f"the file to make; default {FAMILY} in the model's folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--unweighted", action="store_true", help="all words count alike in K-means, as in the paper; "
@@ -56,28 +63,21 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
     parser.add_argument("--table_images", type=int, help="count the tables on so many pictures, evenly out of the "
                                                          "training folder; default all")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    for field in dataclasses.fields(CodebookRecipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    return parser.parse_args(arguments)
+    add_recipe_flags(parser, CodebookRecipe)
+    return parse_recipe_args(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, make, write; 0 done, 1 failed (one sentence on stderr)."""
+    """Parse, make, write; 0 done, 1 failed (one sentence on stderr), 128 + n stopped by signal n."""
     args = parse_args(arguments)
-    try:
-        make(args)
-    except VtcError as error:
-        print(f"finetune_codebook: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: make(args), "finetune_codebook")
 
 
 def make(args: argparse.Namespace) -> None:
     """Cluster, tune, count, check, write."""
-    recipe = CodebookRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(CodebookRecipe)})
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available())
-    set_seed(recipe.seed)
+    recipe = recipe_from(CodebookRecipe, args)
+    accelerator = make_accelerator(recipe, args.output_dir)
+    seed_everything(recipe.seed)
     base = load_tokenizer(args.model)
     if not isinstance(base, LocalVQ):
         raise ConfigError(f"Families are made of LocalVQ; {args.model} is a {type(base).__name__}.")
@@ -109,7 +109,7 @@ def tuned_members(args: argparse.Namespace, recipe: CodebookRecipe, base: LocalV
     clustered = cluster_codebook(base.quantizer.codebook, args.sizes, usage, seed=recipe.seed)
     perceptual = PerceptualLoss(LPIPS("squeeze", args.lpips_weights)).to(accelerator.device)
     identity = json.dumps({"base": base.fingerprint().hex(), "sizes": sorted(args.sizes),
-                           "unweighted": args.unweighted, **dataclasses.asdict(recipe)})
+                           "unweighted": args.unweighted, **result_settings(recipe)})
     members: dict[int, LocalVQ] = {}
     larger: LocalVQ | None = None
     for size in sorted(args.sizes, reverse=True):
@@ -119,12 +119,13 @@ def tuned_members(args: argparse.Namespace, recipe: CodebookRecipe, base: LocalV
         if tensors is not None:
             member.load_state_dict(tensors)
         else:
-            log = finetune(member, recipe, accelerator, files, perceptual)
+            work = args.output_dir / f"member_{size}"
+            finetune(member, recipe, accelerator, files, perceptual, work)
             if accelerator.is_main_process:
-                with (args.output_dir / "train.jsonl").open("a") as stream:
-                    stream.writelines(json.dumps({"size": size, "step": i, **row}) + "\n" for i, row in enumerate(log))
                 tensors = {name: tensor.contiguous() for name, tensor in member.state_dict().items()}
                 write_file(finished, save(tensors, {"identity": identity}))
+                for checkpoint in all_checkpoints(work):  # the member is finished
+                    shutil.rmtree(checkpoint)
             accelerator.wait_for_everyone()
         members[size] = larger = member.eval()
     return members

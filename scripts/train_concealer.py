@@ -11,21 +11,27 @@ lies beside the model is trained for as a whole.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
+from typing import cast
 
 from vtc.codecs.concealer import CONCEALER, Concealer
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.models import family_of, load_tokenizer
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.vector_quantizer import nearest_codeword
-from vtc.training.concealer import ConcealerRecipe, ConcealerTrainer
+from vtc.training.concealer import BatchNumbers, ConcealerRecipe, ConcealerTask
 from vtc.training.data import image_files
+from vtc.training.loop import (
+    Loop,
+    add_recipe_flags,
+    make_accelerator,
+    parse_recipe_args,
+    recipe_from,
+    run_script,
+    seed_everything,
+)
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.tokens import TokenGrids, cached_grids
 
@@ -35,24 +41,18 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="bundled name or folder of a LocalVQ")
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to measure on; none: no validation")
-    parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--token_cache_dir", type=Path, help="where the photographs' tokens are kept; default "
                         "OUTPUT_DIR/tokens")
     parser.add_argument("--views", type=int, default=4, help="of each photograph: as it is, and shrunk or mirrored")
     parser.add_argument("--init_from", type=Path, help="a concealer's file to start from")
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
-    parser.add_argument("--mixed_precision", choices=("no", "bf16"), default="bf16")
-    parser.add_argument("--checkpointing_steps", type=int, default=200)
-    parser.add_argument("--validation_steps", type=int, default=500)
-    parser.add_argument("--resume_from_checkpoint", choices=("latest",))
     network = Concealer().config
     for name in ("width", "depth", "heads"):
         parser.add_argument(f"--{name}", type=int, default=network[name])
     parser.add_argument("--temperature", type=float, default=1.0, help="of mean codewords, see Concealer")
     parser.add_argument("--gain", type=float, default=1.0, help="of mean codewords, see Concealer")
-    for field in dataclasses.fields(ConcealerRecipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    return parser.parse_args(arguments)
+    add_recipe_flags(parser, ConcealerRecipe)
+    return parse_recipe_args(parser, arguments)
 
 
 def family_members(name: str) -> dict[int, LocalVQ]:
@@ -66,8 +66,8 @@ def family_members(name: str) -> dict[int, LocalVQ]:
 
 
 def train(args: argparse.Namespace) -> None:
-    recipe = ConcealerRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(ConcealerRecipe)})
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=not torch.cuda.is_available())
+    recipe = recipe_from(ConcealerRecipe, args)
+    accelerator = make_accelerator(recipe, args.output_dir)
     members = family_members(args.model)
     largest = max(members)
     codebook = members[largest].quantizer.codewords
@@ -83,28 +83,21 @@ def train(args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     views = encoded(args.token_cache_dir or args.output_dir / "tokens", args.train_data_dir, args.views)
     validation = args.validation_data_dir and encoded(args.output_dir / "validation", args.validation_data_dir, 1)[0]
-    torch.manual_seed(recipe.seed)
+    seed_everything(recipe.seed)
     model = Concealer.load(args.init_from) if args.init_from else Concealer(
         codebook.shape[1], width=args.width, depth=args.depth, heads=args.heads)
     model.temperature, model.gain = args.temperature, args.gain
     loss = PerceptualLoss(LPIPS("squeeze", args.lpips_weights)) if recipe.picture_steps else None
-    trainer = ConcealerTrainer(model, recipe, accelerator, members, views, image_files(args.train_data_dir),
-                               args.output_dir, loss, validation)
-    if args.resume_from_checkpoint:
-        accelerator.load_state(str(args.output_dir / "checkpoint"))
-    average = trainer.train(args.checkpointing_steps, args.validation_steps)
+    task = ConcealerTask(model, recipe, members, views, image_files(args.train_data_dir), loss, validation or None)
+    average = Loop(task, recipe, accelerator, BatchNumbers(), args.output_dir).run(args.resume_from_checkpoint)
     if accelerator.is_main_process:
-        average.save(args.output_dir / CONCEALER, members[largest].fingerprint().hex())
+        cast(Concealer, average).save(args.output_dir / CONCEALER, members[largest].fingerprint().hex())
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0 done, 1 failed (one sentence on stderr)."""
-    try:
-        train(parse_args(arguments))
-    except VtcError as error:
-        print(f"train_concealer: {error}", file=sys.stderr)
-        return 1
-    return 0
+    """0 done, 1 failed (one sentence on stderr), 128 + n stopped by signal n."""
+    args = parse_args(arguments)
+    return run_script(lambda: train(args), "train_concealer")
 
 
 if __name__ == "__main__":

@@ -13,21 +13,27 @@ stopped goes on with --resume_from_checkpoint latest. Runs under `accelerate lau
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from vtc.codecs.hyperprior import HYPER_STRIDE, Hyperprior
 from vtc.codecs.latent_codec import LatentCodec
-from vtc.errors import VtcError
 from vtc.images import load_image
 from vtc.tokenizers.patch_vae import PatchVAE
-from vtc.training.data import image_files
-from vtc.training.hyperprior import HyperpriorRecipe, HyperpriorTrainer, first_gains
+from vtc.training.data import RandomCrops, image_files
+from vtc.training.hyperprior import HyperpriorRecipe, HyperpriorTask, first_gains
+from vtc.training.loop import (
+    Loop,
+    add_recipe_flags,
+    make_accelerator,
+    parse_recipe_args,
+    recipe_from,
+    run_script,
+    seed_everything,
+)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -35,30 +41,19 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to measure on; none: no validation")
     parser.add_argument("--validation_limit", type=int, default=14, help="only the first so many, by name")
-    parser.add_argument("--work_dir", type=Path, required=True, help="takes log and checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="folder for the codec")
     parser.add_argument("--autoencoder", help="a KL-VAE that stays as it is; default: a new PatchVAE, trained too")
     parser.add_argument("--channels", type=int, default=48, help="of PatchVAE's latents")
     parser.add_argument("--width", type=int, default=128, help="of PatchVAE")
     parser.add_argument("--depth", type=int, default=3, help="of PatchVAE")
-    parser.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--checkpointing_steps", type=int, default=250)
-    parser.add_argument("--validation_steps", type=int, default=500)
-    parser.add_argument("--resume_from_checkpoint", choices=("latest",))
-    for field in dataclasses.fields(HyperpriorRecipe):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    return parser.parse_args(arguments)
+    add_recipe_flags(parser, HyperpriorRecipe, ("work_dir",))
+    return parse_recipe_args(parser, arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, train, write; 0 done, 1 failed (one sentence on stderr)."""
+    """Parse, train, write; 0 done, 1 failed (one sentence on stderr), 128 + n stopped by signal n."""
     args = parse_args(arguments)
-    try:
-        train(args)
-    except VtcError as error:
-        print(f"train_hyperprior: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: train(args), "train_hyperprior")
 
 
 def new_codec(args: argparse.Namespace, recipe: HyperpriorRecipe) -> LatentCodec:
@@ -77,22 +72,22 @@ def new_codec(args: argparse.Namespace, recipe: HyperpriorRecipe) -> LatentCodec
 
 
 def train(args: argparse.Namespace) -> None:
-    recipe = HyperpriorRecipe(**{f.name: getattr(args, f.name) for f in dataclasses.fields(HyperpriorRecipe)})
-    torch.manual_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    recipe = recipe_from(HyperpriorRecipe, args)
+    accelerator = make_accelerator(recipe, args.output_dir)
+    seed_everything(recipe.seed)
     codec = new_codec(args, recipe)
     validation = []
     if args.validation_data_dir:
         validation = [load_image(path).tensor()
                       for path in image_files(args.validation_data_dir)[: args.validation_limit]]
-    args.work_dir.mkdir(parents=True, exist_ok=True)
-    trainer = HyperpriorTrainer(codec, recipe, accelerator, image_files(args.train_data_dir), validation, args.work_dir,
-                                freeze_autoencoder=bool(args.autoencoder))
+    crops = RandomCrops(image_files(args.train_data_dir), recipe.resolution, recipe.seed)
+    task = HyperpriorTask(codec, recipe, crops, validation, freeze_autoencoder=bool(args.autoencoder))
+    loop = Loop(task, recipe, accelerator, crops, args.output_dir)
     if args.resume_from_checkpoint:
-        trainer.resume()
-    trained = trainer.train(args.checkpointing_steps, args.validation_steps).cpu()
+        loop.resume(args.resume_from_checkpoint)
+    loop.train()
     if accelerator.is_main_process:
-        trained.save_pretrained(args.output)
+        task.whole().save_pretrained(args.output)
         saved = LatentCodec.from_pretrained(args.output)  # float16 rounds: the fingerprint is that of the file
         print(f"fingerprint {saved.fingerprint().hex()}")
 

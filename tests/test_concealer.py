@@ -20,8 +20,9 @@ from vtc.tokenizers.extra_words import with_extra_words
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.vector_quantizer import GradientVectorQuantizer, VectorQuantizer
-from vtc.training.concealer import ConcealerRecipe, ConcealerTrainer, random_losses, soft_targets
+from vtc.training.concealer import BatchNumbers, ConcealerRecipe, ConcealerTask, random_losses, soft_targets
 from vtc.training.data import image_files
+from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.tokens import TokenGrids
 
@@ -270,21 +271,19 @@ def stripes(words: int, views: int = 1) -> TokenGrids:
                       {words: np.concatenate([g.reshape(-1) for g in grids]).astype(np.int16)})
 
 
-def trainer(output_dir, recipe: ConcealerRecipe, members, views, files=(), loss=None, validation=None):
+def run_in(output_dir, recipe: ConcealerRecipe, members, views, files=(), loss=None, validation=None) -> Loop:
     torch.manual_seed(0)
-    output_dir.mkdir(exist_ok=True)
     model = Concealer(6, width=24, depth=2, heads=2, window=4, key=16)
-    return ConcealerTrainer(model, recipe, Accelerator(cpu=True), members, views, list(files), output_dir, loss,
-                            validation)
+    task = ConcealerTask(model, recipe, members, views, list(files), loss, validation)
+    return Loop(task, recipe, Accelerator(cpu=True), BatchNumbers(), output_dir)
 
 
 def test_it_learns_to_look_along_stripes(tmp_path):
     members = {16: tiny_tokenizers()[16]}
     members[16].quantizer.codebook.copy_(torch.randn(16, 6))
     recipe = ConcealerRecipe(max_train_steps=80, picture_steps=0, tokens_per_step=360, lr_warmup_steps=10,
-                             learning_rate=5e-3, label_smoothing=0.0)
-    run = trainer(tmp_path / "run", recipe, members, [stripes(16)], validation=stripes(16))
-    model = run.train(checkpointing_steps=1000, validation_steps=1000).eval()
+                             learning_rate=5e-3, label_smoothing=0.0, mixed_precision="no", validation_steps=0)
+    model = run_in(tmp_path / "run", recipe, members, [stripes(16)], validation=stripes(16)).train()
     indices = torch.from_numpy(stripes(16).tokens[16].reshape(16, -1).astype(np.int64))
     lost = torch.rand(indices.shape, generator=torch.Generator().manual_seed(0)) < 0.2
     filled = model.conceal(indices, lost, (10, 12), members[16].codewords)
@@ -302,23 +301,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(tmp_path):
     grids = stripes(16)
     grids = TokenGrids(grids.shapes, grids.tokens | {5: grids.tokens[16] % 5})
     recipe = ConcealerRecipe(max_train_steps=3, picture_steps=3, tokens_per_step=240, train_batch_size=2, resolution=48,
-                             lr_warmup_steps=1)
+                             lr_warmup_steps=1, mixed_precision="no", checkpointing_steps=2)
     loss = PerceptualLoss(LPIPS("squeeze", SHARED / "weights"))
     ends = {}
     for name, stops in {"whole": [6], "resumed": [2, 4, 6]}.items():
         for stop in stops:
-            run = trainer(tmp_path / name, recipe, members, [grids], image_files(tmp_path), loss)
+            files = [path for path in image_files(tmp_path) if path.parent == tmp_path]
+            run = run_in(tmp_path / name, recipe, members, [grids], files, loss)
             if stop != stops[0]:
-                run.accelerator.load_state(str(tmp_path / name / "checkpoint"))
-            average = run.train(checkpointing_steps=2, validation_steps=100, stop_at=stop)
-        ends[name] = {**run.model.state_dict(), **{f"average.{k}": v for k, v in average.state_dict().items()}}
+                assert run.resume("latest")
+            average = run.train(stop)
+        ends[name] = {**run.task.model.state_dict(), **{f"average.{k}": v for k, v in average.state_dict().items()}}
     for key, tensor in ends["whole"].items():
         assert torch.equal(tensor, ends["resumed"][key]), key
 
 
 def test_picture_steps_need_the_perceptual_network(tmp_path):
     with pytest.raises(ConfigError, match="lpips_weights"):
-        trainer(tmp_path / "run", ConcealerRecipe(), tiny_tokenizers(), [stripes(16)])
+        run_in(tmp_path / "run", ConcealerRecipe(), tiny_tokenizers(), [stripes(16)])
 
 
 def test_the_script_trains_from_a_folder_of_photographs(tmp_path):

@@ -632,7 +632,7 @@ def test_the_script_trains_a_codec_whose_cost_falls(photographs, tmp_path, capsy
               "--quantile_steps", "10", "--learning_rate", "0.01"]
     assert run_script(*common, "--max_train_steps", "40", "--validation_data_dir", str(photographs),
                       "--validation_steps", "8", "--checkpointing_steps", "20") == 0
-    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
     first, *_, last = (entry["validation_bpp_psnr"] for entry in log)
     for weight, before, after in zip((0.002, 0.02), first, last, strict=True):
         cost, was = (bpp + weight * 255**2 * 10 ** (-psnr / 10) for bpp, psnr in (after, before))

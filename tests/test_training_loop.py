@@ -266,6 +266,18 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-10" / "state.json").is_file()
 
 
+def test_a_new_run_in_an_old_folder_is_the_one_that_is_resumed(tmp_path, capsys):
+    loop_in(tmp_path).train(stop_at=15)
+    loop_in(tmp_path).train(stop_at=5)
+    assert "has checkpoints of an earlier run" in capsys.readouterr().err
+    assert [p.name for p in checkpoints.all_checkpoints(tmp_path)] == ["checkpoint-15", "checkpoint-5"]
+    again = loop_in(tmp_path)
+    assert again.resume("latest") and again.step == 5
+    assert [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()] == [5, 5]
+    again.train(stop_at=10)
+    assert [p.name for p in checkpoints.all_checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-10"]
+
+
 def test_a_damaged_checkpoint_is_named(tmp_path):
     loop_in(tmp_path).train(stop_at=5)
     file = tmp_path / "checkpoint-5" / "model.safetensors"

@@ -1,4 +1,4 @@
-"""Two processes over gloo train what one with twice the batch trains: gradients, clipping, averages, codebooks, LeCAM."""
+"""Two processes over gloo train what one with twice the batch trains: gradients, averages, codebooks, LeCAM."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def train(folder: Path, batch: int) -> None:
-    """A linear layer with a discriminator; then a tokenizer with an EMA codebook, one with entropies, both with a GAN."""
+    """A linear layer with a discriminator; tokenizers with an EMA codebook and with entropies, both with a GAN."""
     accelerator = Accelerator(cpu=True)
     loop_in(folder / "reverse", task=Reverse(noise=0.0), train_batch_size=batch, max_train_steps=STEPS).train()
     for name in ("local_vq", "wetok"):
@@ -69,6 +69,6 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
             a, b = load_file(file), load_file(two / file.name)
             assert a.keys() == b.keys()
             for key, tensor in a.items():
-                torch.testing.assert_close(b[key], tensor, atol=1e-5, rtol=0, msg=lambda m, k=key, n=name: f"{n} {k}: {m}")
+                torch.testing.assert_close(b[key], tensor, atol=1e-5, rtol=0, msg=f"{name} {key}")
     moved = load_file(tmp_path / "one" / "local_vq" / f"checkpoint-{STEPS}" / "discriminator.safetensors")
     assert moved["lecam.ema_fake"] != 0

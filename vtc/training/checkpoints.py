@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from vtc import __version__
 from vtc.errors import ModelError, TrainingError, first_sentence
+from vtc.files import write_file
 
 STATE, TRAINING, AVERAGE = "state.json", "training.pt", "average"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,10 +49,20 @@ def versions() -> dict[str, str]:
 
 
 def all_checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*")
+    """The whole checkpoints in a folder, in the order in which they were written.
+
+    By the time in them and not by their steps: a new run in an old one's folder begins with small numbers again.
+    """
+    found = [(_written(path), int(match[1]), path) for path in output_dir.glob("checkpoint-*")
              if (match := _NAME.fullmatch(path.name)) and (path / STATE).is_file()]
-    return [path for _, path in sorted(found)]
+    return [path for _, _, path in sorted(found)]
+
+
+def _written(path: Path) -> float:
+    try:
+        return float(json.loads((path / STATE).read_text())["time"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: reading it says so
+        return 0.0
 
 
 def find_checkpoint(output_dir: Path, wanted: str | Path) -> Path | None:
@@ -102,7 +114,7 @@ def write_checkpoint(output_dir: Path, step: int, modules: dict[str, dict[str, T
         for name, tensors in modules.items():
             save_file(_separate(tensors), temporary / f"{name}.safetensors")
         torch.save(training, temporary / TRAINING)
-        facts = {"step": step, **state, "versions": versions()}
+        facts = {"step": step, "time": time.time(), **state, "versions": versions()}
         (temporary / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n")
         for path in temporary.iterdir():
             _to_disk(path)
@@ -148,6 +160,16 @@ def not_written(what: str, output_dir: Path, error: BaseException) -> str:
     safe = f"{last[-1].name} is whole" if last else "there is no earlier one"
     return (f"{what} could not be written to {output_dir}: {why}; {safe}. Make room, then go on with "
             "--resume_from_checkpoint latest.")
+
+
+def forget_after(log: Path, step: int) -> None:
+    """Take the lines of later steps out of a log: the run that goes on from `step` writes them anew."""
+    if not log.is_file():
+        return
+    lines = log.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line).get("step", 0) <= step]
+    if len(kept) < len(lines):
+        write_file(log, b"".join(kept))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], dict[str, Any]]:

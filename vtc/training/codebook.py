@@ -9,28 +9,27 @@ the longest. The script `scripts/finetune_codebook.py` holds the flags.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from vtc.codecs.entropy import frequencies_from_counts
-from vtc.errors import TrainingError
 from vtc.images import load_image
 from vtc.tokenizers.codebook_clustering import with_codebook
 from vtc.tokenizers.codebook_finetuning import CodebookFinetuning
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.training.data import RandomCrops
+from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss
+from vtc.training.recipe import Recipe, flag
+from vtc.training.task import Task
 
 
 def own_parameters(model: LocalVQ) -> tuple[str, ...]:
@@ -40,36 +39,29 @@ def own_parameters(model: LocalVQ) -> tuple[str, ...]:
 
 
 @dataclass
-class CodebookRecipe:
+class CodebookRecipe(Recipe):
     """Hyper-parameters of one family; each is a flag of `scripts/finetune_codebook.py`."""
 
-    resolution: int = 160
-    train_batch_size: int = 6
-    gradient_accumulation_steps: int = 1
-    #: of a member of at most `whole_below` words; each doubling beyond it halves them
-    max_train_steps: int = 150
-    whole_below: int = 128
-    #: members of more words keep the base's decoder as it is: the paper gains next to nothing there
-    tuned_below: int = 256
-    learning_rate: float = 3e-3
-    lr_warmup_steps: int = 10
-    max_grad_norm: float = 1.0
-    #: of LPIPS beside L1 of images in [-1, 1], as in VQGAN; the bundled base was trained with 2/3
-    perceptual_weight: float = 1.0
-    seed: int = 0
+    resolution: int = flag(160, "side of the crops")
+    train_batch_size: int = flag(6, "crops of one process at a time")
+    max_train_steps: int = flag(150, "of a member of at most --whole_below words; each doubling beyond it halves them")
+    whole_below: int = flag(128, "see --max_train_steps")
+    tuned_below: int = flag(256, "members of more words keep the base's decoder: the paper gains next to nothing there")
+    learning_rate: float = flag(3e-3, "after the warm-up")
+    lr_warmup_steps: int = flag(10, "steps of linear warm-up")
+    adam_beta1: float = flag(0.5, "decay of Adam's first moments")
+    adam_beta2: float = flag(0.9, "decay of Adam's second moments")
+    ema_decay: float = flag(0.0, "of an average of the weights; 0: none")
+    mixed_precision: str = flag("bf16", "type of the forward pass; fp16 needs a GPU", ("no", "bf16", "fp16"))
+    perceptual_weight: float = flag(1.0, "of LPIPS beside L1 of images in [-1, 1], as in VQGAN; the bundled base was "
+                                         "trained with 2/3")
+    checkpointing_steps: int = flag(50, "steps between checkpoints of the member that is trained")
 
     def steps(self, size: int) -> int:
         """Steps that a member of `size` words trains for."""
         if size > self.tuned_below:
             return 0
         return round(self.max_train_steps * min(1.0, self.whole_below / size))
-
-    def learning_rate_at(self, step: int, steps: int) -> float:
-        """Linear warm-up, then a cosine down to nothing."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, steps - self.lr_warmup_steps)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def start_member(base: LocalVQ, codebook: Tensor, larger: LocalVQ | None) -> LocalVQ:
@@ -81,54 +73,39 @@ def start_member(base: LocalVQ, codebook: Tensor, larger: LocalVQ | None) -> Loc
     return member
 
 
-def finetune(member: LocalVQ, recipe: CodebookRecipe, accelerator: Accelerator, files: Sequence[Path],
-             perceptual: PerceptualLoss) -> list[dict[str, float]]:
-    """Train what is a member's own in place; the losses of each step.
+class MemberTask(Task):
+    """What is a member's own learns, by L1 and LPIPS; the rest is frozen, and its words stay."""
 
-    With several processes the few gradients are averaged by hand: nothing else of the model is shared between them.
-    """
+    def __init__(self, member: LocalVQ, recipe: CodebookRecipe, perceptual: PerceptualLoss) -> None:
+        super().__init__({"model": member}, {"perceptual": perceptual})
+        self.tuning = CodebookFinetuning(member, lambda output, images: perceptual(images, output),
+                                         trained=own_parameters(member), balance="decoder.stem.weight",
+                                         perceptual_weight=recipe.perceptual_weight)
+        self.weight = recipe.perceptual_weight
+
+    def train_mode(self) -> None:
+        self.tuning.train()
+
+    def losses(self, player: str, batch: Tensor, step: int) -> dict[str, Tensor]:
+        images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
+        terms = self.tuning.generator_step(images)
+        return {"l1": terms["pixel"], "lpips": self.weight * terms["perceptual"], "quantizer": terms["quantizer"]}
+
+
+def finetune(member: LocalVQ, recipe: CodebookRecipe, accelerator: Accelerator, files: Sequence[Path],
+             perceptual: PerceptualLoss, output_dir: Path) -> None:
+    """Train what is a member's own in place, in `output_dir`; a run that was stopped goes on from its checkpoint."""
     size = member.quantizer.codebook_size
     steps = recipe.steps(size)
     if steps == 0:
-        return []
-    member.to(accelerator.device)
-    tuning = CodebookFinetuning(member, lambda output, images: perceptual(images, output),
-                                trained=own_parameters(member), balance="decoder.stem.weight",
-                                perceptual_weight=recipe.perceptual_weight)
-    parameters = list(tuning.trained_parameters())
-    optimizer = torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=(0.5, 0.9))
-    batches = iter(_loader(recipe, accelerator, files, steps, size))
-    log: list[dict[str, float]] = []
-    for step in tqdm(range(steps), desc=f"S={size}", disable=not accelerator.is_main_process):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate_at(step, steps)
-        for part in range(recipe.gradient_accumulation_steps):
-            images = (next(batches).float() / 255).contiguous(memory_format=torch.channels_last)
-            # after the batch: the first one also starts the worker, which draws a number
-            torch.manual_seed(hash((recipe.seed, size, step, part, accelerator.process_index)))
-            with accelerator.autocast():
-                terms = tuning.generator_step(images)
-            accelerator.backward(terms["loss"] / recipe.gradient_accumulation_steps)
-        for parameter in parameters:
-            parameter.grad = accelerator.reduce(parameter.grad, "mean")
-        torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        log.append({name: terms[name].item() for name in ("loss", "pixel", "perceptual")})
-        if not math.isfinite(log[-1]["loss"]):
-            raise TrainingError(f"The loss is not finite at step {step} of S={size}; begin anew with "
-                                "a lower --learning_rate.")
-    member.requires_grad_(True).cpu().eval()
-    return log
-
-
-def _loader(recipe: CodebookRecipe, accelerator: Accelerator, files: Sequence[Path], steps: int,
-            size: int) -> Any:
-    """Batches (B, 3, R, R) uint8, other crops for each member: the same whatever was trained before, or resumed."""
+        return
+    # other crops for each member: the same whatever was trained before, or resumed
     crops = RandomCrops(list(files), recipe.resolution, recipe.seed * 2**20 + size)
-    count = steps * recipe.gradient_accumulation_steps * recipe.train_batch_size * accelerator.num_processes
-    return accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=range(count), num_workers=1,
-                                          prefetch_factor=4, drop_last=True))
+    task = MemberTask(member, recipe, perceptual)
+    loop = Loop(task, replace(recipe, max_train_steps=steps), accelerator, crops, output_dir)
+    loop.resume("latest")
+    loop.train()
+    member.requires_grad_(True).cpu().eval()
 
 
 @torch.inference_mode()

@@ -8,19 +8,13 @@ learn, and the distortion is that of the latents, which have about unit variance
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vtc.codecs.hyperprior import (
     ACTIVATION,
@@ -38,9 +32,11 @@ from vtc.codecs.hyperprior import (
 )
 from vtc.codecs.latent_codec import LatentCodec
 from vtc.codecs.prior import BYTE, TOTAL
-from vtc.errors import ConfigError, TrainingError
+from vtc.errors import ConfigError
 from vtc.training.data import RandomCrops
 from vtc.training.prior import RoundedConv, to_grid
+from vtc.training.recipe import Recipe, flag
+from vtc.training.task import Task
 
 
 class RoundedSynthesis(nn.Module):
@@ -155,49 +151,41 @@ def make_whole(hyperprior: Hyperprior) -> None:
 
 
 @dataclass
-class HyperpriorRecipe:
-    """Hyper-parameters of one run; each is a flag of `scripts/train_hyperprior.py`.
+class HyperpriorRecipe(Recipe):
+    """Hyper-parameters of one run; each is a flag of `scripts/train_hyperprior.py`."""
 
-    lambdas: one for each quality, with commas, coarse to fine.
-    hyper_factor, bottleneck_factor: how much faster than the autoencoder h_a, h_s and gains learn, and the
-        distributions of z.
-    """
-
-    lambdas: str = "0.0005,0.0012,0.003,0.0075"
-    hyper_channels: int = 32
-    hyper_width: int = 48
-    resolution: int = 160
-    train_batch_size: int = 6
-    max_train_steps: int = 1700
-    learning_rate: float = 4e-4
-    final_learning_rate: float = 1e-5
-    hyper_factor: float = 0.5
-    bottleneck_factor: float = 8.0
-    lr_warmup_steps: int = 50
-    max_grad_norm: float = 1.0
-    quantile_steps: int = 50
-    seed: int = 0
+    lambdas: str = flag("0.0005,0.0012,0.003,0.0075", "one for each quality, with commas, coarse to fine")
+    hyper_channels: int = flag(32, "of z")
+    hyper_width: int = flag(48, "of h_a and h_s")
+    resolution: int = flag(160, "side of the crops")
+    train_batch_size: int = flag(6, "crops of one process at a time")
+    max_train_steps: int = flag(1700, "steps of the whole run; the schedule ends there")
+    learning_rate: float = flag(4e-4, "of the autoencoder, after the warm-up")
+    final_learning_rate: float = flag(1e-5, "at the end of the schedule")
+    hyper_factor: float = flag(0.5, "how much faster than the autoencoder h_a, h_s and gains learn")
+    bottleneck_factor: float = flag(8.0, "and the distributions of z")
+    lr_warmup_steps: int = flag(50, "steps of linear warm-up")
+    adam_beta2: float = flag(0.999, "decay of Adam's second moments")
+    quantile_steps: int = flag(50, "steps after which the tables of z are made anew")
+    ema_decay: float = flag(0.0, "of an average of the weights; 0: none, the last weights count")
+    checkpointing_steps: int = flag(250, "steps between checkpoints")
+    validation_steps: int = flag(500, "steps between validations; 0: only at the end")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             weights = self.weights
         except ValueError as error:
             raise ConfigError(f"The lambdas are numbers with commas between them, not {self.lambdas!r}.") from error
-        if min(weights) <= 0 or self.max_train_steps < 1 or self.train_batch_size < 1:
-            raise ConfigError("A recipe has at least one step of one picture, and lambdas above 0.")
+        if min(weights) <= 0 or self.quantile_steps < 1:
+            raise ConfigError("A hyperprior's recipe has lambdas above 0 and at least one of --quantile_steps.")
+        if self.ema_decay:
+            raise ConfigError("The tables of z belong to the last weights: a hyperprior is trained with --ema_decay 0.")
 
     @property
     def weights(self) -> list[float]:
         """The lambdas as numbers."""
         return [float(text) for text in self.lambdas.split(",")]
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to the final rate."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        span = self.learning_rate - self.final_learning_rate
-        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def first_gains(recipe: HyperpriorRecipe, channels: int, downsample: int, frozen: bool) -> Tensor:
@@ -211,135 +199,85 @@ def first_gains(recipe: HyperpriorRecipe, channels: int, downsample: int, frozen
                          for weight in recipe.weights])
 
 
-class HyperpriorTrainer:
-    """One training run of a codec, whose h_s is made trainable here; `train` returns it in whole numbers.
+class HyperpriorTask(Task):
+    """A codec, whose h_s is made trainable here; `whole` gives it back in whole numbers.
 
-    files: photographs. validation: images (3, H, W) in [0, 1] to measure on, or none.
+    crops: of photographs, as the loop reads them; the first ones tell where h_s starts.
+    validation: images (3, H, W) in [0, 1] to measure on, or none.
     freeze_autoencoder: it stays as it is, and the distortion is that of the latents.
-    folder: takes `log.jsonl` and `checkpoint.pt`, from which `resume` goes on.
     """
 
-    def __init__(self, codec: LatentCodec, recipe: HyperpriorRecipe, accelerator: Accelerator, files: list[Path],
-                 validation: list[Tensor], folder: Path, freeze_autoencoder: bool) -> None:
-        self.recipe, self.accelerator, self.files, self.folder = recipe, accelerator, files, folder
-        self.validation, self.frozen, self.step = validation, freeze_autoencoder, 0
+    def __init__(self, codec: LatentCodec, recipe: HyperpriorRecipe, crops: RandomCrops, validation: list[Tensor],
+                 freeze_autoencoder: bool) -> None:
+        self.recipe, self.crops, self.validation = recipe, crops, validation
+        self.frozen_autoencoder = freeze_autoencoder
         make_trainable(codec.hyperprior)
         codec.requires_grad_(True)
         codec.autoencoder.requires_grad_(not freeze_autoencoder)
         codec.hyperprior.entropy_bottleneck.quantiles.requires_grad_(False)  # found by bisection instead
         codec.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-        self.codec = codec.to(accelerator.device)
-        self.factors = (1.0, recipe.hyper_factor, recipe.bottleneck_factor)
+        super().__init__({"model": codec})
+        self.codec = codec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codec is."""
+        return self.codec.hyperprior.log_gain.device
+
+    def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
         groups: list[list[nn.Parameter]] = [[], [], []]
-        for name, parameter in codec.named_parameters():
+        for name, parameter in self.codec.named_parameters():
             if parameter.requires_grad:
                 groups[0 if name.startswith("autoencoder") else 2 if "bottleneck" in name else 1].append(parameter)
-        optimizer = torch.optim.Adam([{"params": group} for group in groups], lr=1.0)
-        # What is wrapped where there are several processes is what is called, and all of that must learn.
-        self.model, self.optimizer = accelerator.prepare(codec.hyperprior if self.frozen else codec, optimizer)
-        self.lambdas = torch.tensor(recipe.weights, device=accelerator.device)
+        shares = (1.0, self.recipe.hyper_factor, self.recipe.bottleneck_factor)
+        return [{"params": group, "share": share} for group, share in zip(groups, shares, strict=True) if group]
 
-    def resume(self) -> None:
-        """Go on from the folder's checkpoint, where there is one."""
-        path = self.folder / "checkpoint.pt"
-        if path.is_file():
-            state = torch.load(path, weights_only=True)
-            self.codec.load_state_dict(state["codec"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def train(self, checkpointing_steps: int, validation_steps: int) -> LatentCodec:
-        """The codec after the last step, in eval mode and whole numbers. TrainingError where the loss is no number."""
-        recipe, started, running = self.recipe, time.process_time(), dict[str, float]()
-        self.model.train()
-        batches = iter(self._loader())
-        for step in tqdm(range(self.step + 1, recipe.max_train_steps + 1), initial=self.step, mininterval=10,
-                         total=recipe.max_train_steps, disable=not self.accelerator.is_main_process):
-            self.step, batch = step, next(batches)
-            torch.manual_seed(hash((recipe.seed, self.step, self.accelerator.process_index)))
-            if self.step == 1:
-                start_from(self.codec.hyperprior, self._first_latents())
-            for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
-                group["lr"] = factor * recipe.learning_rate_at(self.step - 1)
-            if self.step % recipe.quantile_steps == 1:
-                place_quantiles(self.codec.hyperprior)
-            loss, facts = self._loss(batch.float() / 255)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate.")
-            self.accelerator.backward(loss)
-            self.accelerator.clip_grad_norm_(self.model.parameters(), recipe.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            for name, value in facts.items():
-                running[name] = 0.98 * running.get(name, value) + 0.02 * value
-            last = self.step == recipe.max_train_steps
-            if self.accelerator.is_main_process and (self.step % checkpointing_steps == 0 or last):
-                self._checkpoint()
-            if self.accelerator.is_main_process and (self.step % validation_steps == 0 or last):
-                self._log({"step": self.step, "cpu_seconds": round(time.process_time() - started, 1), **running,
-                           **self._validate()})
-        codec = self.codec.eval()
-        make_whole(codec.hyperprior)
-        return codec
-
-    def _loader(self) -> DataLoader[Tensor]:
-        recipe = self.recipe
-        per_step = recipe.train_batch_size * self.accelerator.num_processes
-        crops = RandomCrops(self.files, recipe.resolution, recipe.seed)
-        numbers = range(self.step * per_step, recipe.max_train_steps * per_step)
-        return self.accelerator.prepare(DataLoader(crops, recipe.train_batch_size, sampler=numbers))
+    def before_step(self, step: int) -> None:
+        if step == 0:
+            start_from(self.codec.hyperprior, self._first_latents())
+        if step % self.recipe.quantile_steps == 0:
+            place_quantiles(self.codec.hyperprior)
 
     @torch.no_grad()
     def _first_latents(self) -> Tensor:
         """(64, C, h, w) of as many crops."""
-        crops = RandomCrops(self.files, self.recipe.resolution, self.recipe.seed)
-        return torch.cat([self.codec.latents(crops[n][None].to(self.accelerator.device).float() / 255)
-                          for n in range(64)])
+        return torch.cat([self.codec.latents(self.crops[n][None].to(self.device).float() / 255) for n in range(64)])
 
-    def _loss(self, images: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Of a (B, 3, S, S) batch, each picture with a quality of its own; also mean bits per pixel and MSE."""
-        quality = torch.randint(len(self.lambdas), (len(images),), device="cpu").to(images.device)
-        with self.accelerator.autocast():
-            x = images.contiguous(memory_format=torch.channels_last)
-            if self.frozen:
-                with torch.no_grad():
-                    target = self.codec.latents(x)
-                output = self.model(target, quality)
-                error = (output["y_hat"] - target).square().flatten(1).mean(1)
-            else:
-                output = self.model(x, quality)
-                error = (output["x_hat"] - images).square().flatten(1).mean(1)
+    def losses(self, player: str, batch: Tensor, step: int) -> dict[str, Tensor]:
+        """Of a (B, 3, S, S) uint8 batch, each picture with a quality of its own: bits per pixel."""
+        images = batch.float() / 255
+        lambdas = torch.tensor(self.recipe.weights, device=images.device)
+        quality = torch.randint(len(lambdas), (len(images),), device="cpu").to(images.device)
+        x = images.contiguous(memory_format=torch.channels_last)
+        if self.frozen_autoencoder:
+            with torch.no_grad():
+                target = self.codec.latents(x)
+            output = self.codec.hyperprior(target, quality)
+            error = (output["y_hat"] - target).square().flatten(1).mean(1)
+        else:
+            output = self.codec(x, quality)
+            error = (output["x_hat"] - images).square().flatten(1).mean(1)
         y, z = (-torch.log2(output["likelihoods"][name]).flatten(1).sum(1) / images[0, 0].numel() for name in "yz")
-        loss = (self.lambdas[quality] * 255**2 * error + y + z).mean()
-        return loss, {"loss": loss.item(), "y_bpp": y.mean().item(), "z_bpp": z.mean().item(),
-                      "train_mse": error.mean().item()}
+        return {"distortion": (lambdas[quality] * 255**2 * error).mean(), "y_bpp": y.mean(), "z_bpp": z.mean()}
 
-    @torch.no_grad()
-    def _validate(self) -> dict[str, Any]:
+    def validate(self, average: nn.Module, step: int) -> dict[str, Any]:
         """Mean estimated bits per pixel and PSNR of each quality."""
         if not self.validation:
             return {}
-        codec, points = self.codec.eval(), []
-        for quality in range(len(self.lambdas)):
+        points = []
+        for quality in range(len(self.recipe.weights)):
             bpp, psnr = 0.0, 0.0
             for image in self.validation:
-                output = codec(image[None].to(self.accelerator.device), quality)
+                output = self.codec(image[None].to(self.device), quality)
                 bits = sum(-torch.log2(likelihood).sum() for likelihood in output["likelihoods"].values())
                 bpp += float(bits) / image[0].numel() / len(self.validation)
                 error = (output["x_hat"].cpu() - image).square().mean().item()
                 psnr += -10 * math.log10(error) / len(self.validation)
             points.append([round(bpp, 4), round(psnr, 3)])
-        codec.train()
         return {"validation_bpp_psnr": points}
 
-    def _log(self, facts: dict[str, Any]) -> None:
-        line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in facts.items()})
-        tqdm.write(line)
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(line + "\n")
-
-    def _checkpoint(self) -> None:
-        temporary = self.folder / "checkpoint.tmp"
-        torch.save({"codec": self.codec.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step},
-                   temporary)
-        temporary.replace(self.folder / "checkpoint.pt")
+    def whole(self) -> LatentCodec:
+        """The codec, in eval mode and whole numbers, on the CPU: training is over."""
+        codec = self.codec.cpu().eval()
+        make_whole(codec.hyperprior)
+        return codec

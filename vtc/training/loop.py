@@ -23,9 +23,10 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -34,7 +35,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, is_tensorboard_available, is_wandb_available, send_to_device
+from accelerate.state import AcceleratorState
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    is_tensorboard_available,
+    is_wandb_available,
+    send_to_device,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -45,8 +53,10 @@ from vtc.images import save_image
 from vtc.tokenizers.ranks import from_first_rank, is_parallel, mean_over_ranks
 from vtc.training.checkpoints import (
     AVERAGE,
+    all_checkpoints,
     all_tensors,
     find_checkpoint,
+    forget_after,
     not_written,
     read_checkpoint,
     set_tensors,
@@ -83,9 +93,13 @@ def make_accelerator(recipe: Recipe, output_dir: str | Path) -> Accelerator:
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     if recipe.mixed_precision == "fp16" and on_cpu:
         raise ConfigError("--mixed_precision fp16 needs a GPU; take bf16 or no.")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run in this process had another precision
     try:
+        # the other processes wait while the main one validates, which may take longer than the usual ten minutes
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
         accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=on_cpu, log_with=trackers or None,
-                                  project_dir=str(output_dir))
+                                  project_dir=str(output_dir), kwargs_handlers=[patience])
     except ValueError as error:
         raise ConfigError(f"Accelerate refuses this configuration: {' '.join(str(error).split())}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP):
@@ -206,13 +220,13 @@ class Loop:
         checkpoints only.
         """
         recipe, main = self.recipe, self.accelerator.is_main_process
-        final = recipe.max_train_steps if stop_at is None else min(stop_at, recipe.max_train_steps)
+        final = recipe.total_steps if stop_at is None else min(stop_at, recipe.total_steps)
         if self.step >= final:
             return self.averaged.eval()
         if main:
             self._describe()
         self._started, self._since = time.perf_counter(), (time.perf_counter(), self.step)
-        bar = tqdm(total=recipe.max_train_steps, initial=self.step, disable=not main, unit="step", mininterval=1)
+        bar = tqdm(total=recipe.total_steps, initial=self.step, disable=not main, unit="step", mininterval=1)
         batches = self._batches(final)
         try:
             with self._signals(), bar:
@@ -230,7 +244,7 @@ class Loop:
                         self.save_checkpoint()
                     if stopped and not last:
                         name = signal.Signals(stopped).name
-                        raise Stopped(f"{name}: stopped at step {self.step} of {recipe.max_train_steps}, with a "
+                        raise Stopped(f"{name}: stopped at step {self.step} of {recipe.total_steps}, with a "
                                       "checkpoint; go on with --resume_from_checkpoint latest.", stopped)
         finally:
             batches.close()
@@ -271,8 +285,7 @@ class Loop:
     def _step_of(self, player: str) -> Tensor:
         """Average the gradients over the processes, clip, step; the norm of the gradients before clipping."""
         recipe, optimizer = self.recipe, self.optimizers[player]
-        parameters = [p for p in self._trained[player] if p.grad is not None]
-        average_gradients(parameters)
+        parameters = average_gradients(self._trained[player])
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate_at(self.step) * group.get("share", 1.0)
         if self.scaler is not None:
@@ -447,6 +460,9 @@ class Loop:
     def _describe(self) -> None:
         """What this run is, beside its results."""
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        if not self.step and all_checkpoints(self.output_dir):
+            self._say(f"{self.output_dir} has checkpoints of an earlier run, which this one will replace by and by; to "
+                      "go on with that one, stop and give --resume_from_checkpoint latest.")
         try:
             write_file(self.output_dir / "recipe.json", json.dumps(asdict(self.recipe), indent=1).encode() + b"\n")
             facts = {**versions(), "device": str(self.accelerator.device), "processes": self.ranks}
@@ -506,6 +522,9 @@ class Loop:
         self.task.load_state_dict(training["task"])
         self.step, self.position = int(state["step"]), int(state["position"])
         self._pending = []
+        if self.accelerator.is_main_process and path.parent.resolve() == self.output_dir.resolve():
+            for log in (LOG, VALIDATION):
+                forget_after(self.output_dir / log, self.step)
         now = json.loads(json.dumps(asdict(self.recipe)))
         changed = [f"{k} {state['recipe'].get(k)} -> {v}" for k, v in now.items() if state["recipe"].get(k) != v]
         self._say(f"Going on from {path.name}" + (f", with {', '.join(changed)}." if changed else "."))
@@ -549,21 +568,30 @@ class Loop:
 
 
 @torch.no_grad()
-def average_gradients(parameters: list[nn.Parameter], bucket: int = 2**25) -> None:
-    """Replace gradients by their mean over the processes, some `bucket` numbers at a time."""
+def average_gradients(parameters: Sequence[nn.Parameter], bucket: int = 2**25) -> list[nn.Parameter]:
+    """Replace gradients by their mean over the processes, some `bucket` numbers at a time.
+
+    Returns the parameters that have one. Where only some processes have one, the others' counts as zero.
+    """
     if not is_parallel():
-        return
+        return [p for p in parameters if p.grad is not None]
+    there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    used = [p for p, share in zip(parameters, mean_over_ranks(there).tolist(), strict=True) if share]
     start = 0
-    while start < len(parameters):
+    while start < len(used):
         end, size = start, 0
-        while end < len(parameters) and (end == start or size < bucket):
-            size += parameters[end].numel()
+        while end < len(used) and (end == start or size < bucket):
+            size += used[end].numel()
             end += 1
-        gradients = [cast(Tensor, p.grad) for p in parameters[start:end]]
+        for p in used[start:end]:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = [cast(Tensor, p.grad) for p in used[start:end]]
         flat = mean_over_ranks(torch.cat([g.float().flatten() for g in gradients]))
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
         start = end
+    return used
 
 
 def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:

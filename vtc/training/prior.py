@@ -10,9 +10,7 @@ learnt, and those that are frequent may differ. b(word) starts as the log2 frequ
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from vtc.codecs.prior import (
     ACTIVATION,
@@ -33,6 +30,7 @@ from vtc.codecs.prior import (
     BYTE,
     CODE_BITS,
     FEATURE_BITS,
+    FILE,
     FORMAT,
     LARGEST_POWER,
     LOGIT_BITS,
@@ -45,8 +43,10 @@ from vtc.codecs.prior import (
     WORD_BITS,
     TokenPrior,
 )
-from vtc.errors import ConfigError, TrainingError
+from vtc.errors import ConfigError
 from vtc.files import write_file
+from vtc.training.recipe import Recipe, flag
+from vtc.training.task import Task
 from vtc.training.tokens import TokenGrids
 
 #: fractional bits that a layer's weights may have: the shift is at least 1, and biases stay far below 2^24
@@ -249,40 +249,37 @@ def tensors_of(network: PriorNetwork) -> dict[str, Tensor]:
 
 
 @dataclass
-class PriorRecipe:
+class PriorRecipe(Recipe):
     """Hyper-parameters of one run; each is a flag of `scripts/train_prior.py`."""
 
-    width: int = 128
-    depth: int = 3
-    dim: int = 64
-    crop: int = 32
-    train_batch_size: int = 12
-    max_train_steps: int = 3000
-    learning_rate: float = 2e-3
-    final_learning_rate: float = 4e-5
-    lr_warmup_steps: int = 100
-    weight_decay: float = 0.05
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.995
-    #: how often the largest codebook is drawn; the others share the rest alike
-    largest_share: float = 0.4
-    seed: int = 0
+    width: int = flag(128, "channels")
+    depth: int = flag(3, "residual blocks")
+    dim: int = flag(64, "of features and words")
+    crop: int = flag(32, "side of the crops of token grids")
+    train_batch_size: int = flag(12, "crops of one process at a time, all in one codebook")
+    max_train_steps: int = flag(3000, "steps of the whole run; the schedule ends there")
+    learning_rate: float = flag(2e-3, "after the warm-up")
+    final_learning_rate: float = flag(4e-5, "at the end of the schedule")
+    lr_warmup_steps: int = flag(100, "steps of linear warm-up")
+    adam_beta2: float = flag(0.98, "decay of Adam's second moments")
+    weight_decay: float = flag(0.05, "of AdamW, on weights and the table of corrections")
+    ema_decay: float = flag(0.995, "of the average of the weights that is validated and saved")
+    mixed_precision: str = flag("bf16", "type of the forward pass; fp16 needs a GPU", ("no", "bf16", "fp16"))
+    dataloader_num_workers: int = flag(0, "processes that cut crops, for each training process")
+    checkpointing_steps: int = flag(250, "steps between checkpoints")
+    validation_steps: int = flag(500, "steps between validations; 0: only at the end")
+    largest_share: float = flag(0.4, "how often the largest codebook is drawn; the others share the rest alike")
 
     def __post_init__(self) -> None:
-        if not 0 < self.largest_share <= 1 or self.max_train_steps < 1 or self.train_batch_size < 1 or self.crop < 2:
-            raise ConfigError("A recipe has at least one step of one crop of two tokens, and a share in (0, 1].")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to the final rate."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
-        progress = (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps)
-        span = self.learning_rate - self.final_learning_rate
-        return self.final_learning_rate + span * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        super().__post_init__()
+        if not 0 < self.largest_share <= 1 or self.crop < 2:
+            raise ConfigError("A prior's recipe has crops of at least two tokens, and a --largest_share in (0, 1].")
 
 
-class GridCrops:
+class GridCrops(Dataset[tuple[Tensor, int]]):
     """Batch n: crops of random grids in a random codebook; it depends on the seed and n alone."""
+
+    whole_batches = True
 
     def __init__(self, views: Sequence[TokenGrids], sizes: Sequence[int], recipe: PriorRecipe) -> None:
         self.views, self.sizes, self.recipe = views, sorted(sizes), recipe
@@ -317,81 +314,40 @@ def bits_per_token(prior: TokenPrior, grids: TokenGrids, size: int, limit: int |
     return bits / tokens
 
 
-class PriorTrainer:
-    """Trains a `PriorNetwork` on token grids; what counts and is written is the moving average of its weights.
+class PriorTask(Task):
+    """Trains a `PriorNetwork` on `GridCrops`; what counts and is written is the moving average of its weights.
 
-    views: the training grids, with all codebooks of the network.
     validation: grids of other pictures, or None.
-    folder: takes `log.jsonl` and `checkpoint.pt`, from which `resume` goes on to the same result.
     """
 
-    def __init__(self, network: PriorNetwork, recipe: PriorRecipe, views: Sequence[TokenGrids],
-                 validation: TokenGrids | None, folder: Path, mixed_precision: str = "no") -> None:
-        self.recipe, self.validation, self.folder, self.mixed_precision = recipe, validation, folder, mixed_precision
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
-        self.crops = GridCrops(views, network.sizes, recipe)
-        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
-        tables = [p for name, p in network.named_parameters() if name.endswith("weight") or "corrections" in name]
-        others = [p for name, p in network.named_parameters() if not (name.endswith("weight") or "corrections" in name)]
-        self.optimizer = torch.optim.AdamW([{"params": tables, "weight_decay": recipe.weight_decay},
-                                            {"params": others, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.98))
-        self.step = 0
+    def __init__(self, network: PriorNetwork, recipe: PriorRecipe, validation: TokenGrids | None = None) -> None:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
+        super().__init__({"model": network})
+        self.network, self.recipe, self.validation = network, recipe, validation
 
-    def resume(self) -> None:
-        """Go on from the folder's checkpoint, where there is one."""
-        path = self.folder / "checkpoint.pt"
-        if path.is_file():
-            state = torch.load(path, weights_only=True)
-            self.network.load_state_dict(state["network"])
-            self.average.load_state_dict(state["average"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+    def losses(self, player: str, batch: tuple[Tensor, int], step: int) -> dict[str, Tensor]:
+        indices, size = batch
+        return {f"bits_{size}": self.network(indices, size)}
 
-    def train(self, checkpointing_steps: int, validation_steps: int) -> PriorNetwork:
-        """The moving average after the last step. TrainingError where the loss is no number."""
-        recipe, start = self.recipe, time.process_time()
-        bits: dict[int, list[float]] = {size: [] for size in self.network.sizes}
-        for step in tqdm(range(self.step + 1, recipe.max_train_steps + 1), initial=self.step,
-                         total=recipe.max_train_steps, unit="step", mininterval=5):
-            self.step = step
-            indices, size = self.crops[step]
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.mixed_precision == "bf16"):
-                loss = self.network(indices, size)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate.")
-            bits[size].append(loss.item())
-            self.optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.network.parameters(), recipe.max_grad_norm)
-            for group in self.optimizer.param_groups:
-                group["lr"] = recipe.learning_rate_at(self.step - 1)
-            self.optimizer.step()
-            self.average.update_parameters(self.network)
-            if self.step % checkpointing_steps == 0 or self.step == recipe.max_train_steps:
-                self._checkpoint()
-            if self.step % validation_steps == 0 or self.step == recipe.max_train_steps:
-                facts = {"step": self.step, "cpu_seconds": round(time.process_time() - start, 1),
-                         "train_bits": {s: round(float(np.mean(b)), 4) for s, b in bits.items() if b}}
-                bits = {size: [] for size in self.network.sizes}
-                if self.validation is not None:
-                    prior = TokenPrior(tensors_of(self.averaged))
-                    sizes = self.network.sizes if self.step == recipe.max_train_steps else self.network.sizes[-1:]
-                    facts["validation_bits"] = {s: round(bits_per_token(prior, self.validation, s), 4) for s in sizes}
-                with open(self.folder / "log.jsonl", "a") as file:
-                    file.write(json.dumps(facts) + "\n")
-                tqdm.write(json.dumps(facts))
-        return self.averaged
+    def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.network.named_parameters():
+            groups[name.endswith("weight") or "corrections" in name].append(parameter)
+        return [{"params": groups[True], "weight_decay": recipe.weight_decay},
+                {"params": groups[False], "weight_decay": 0.0}]
 
-    @property
-    def averaged(self) -> PriorNetwork:
-        """The network with the moving average of the weights."""
-        return cast(PriorNetwork, self.average.module)
+    def validate(self, average: nn.Module, step: int) -> dict[str, float]:
+        """Bits a token of the whole numbers: in the largest codebook, in all of them at the end."""
+        if self.validation is None:
+            return {}
+        prior = TokenPrior(tensors_of(cast(PriorNetwork, average)))
+        sizes = self.network.sizes if step == self.recipe.total_steps else self.network.sizes[-1:]
+        return {f"bits_{size}": bits_per_token(prior, self.validation, size) for size in sizes}
 
-    def _checkpoint(self) -> None:
-        temporary = self.folder / "checkpoint.tmp"
-        torch.save({"network": self.network.state_dict(), "average": self.average.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "step": self.step}, temporary)
-        temporary.replace(self.folder / "checkpoint.pt")
+    def save(self, average: nn.Module, directory: Path) -> None:
+        """The file of whole numbers, FILE."""
+        directory.mkdir(exist_ok=True)
+        save_prior(cast(PriorNetwork, average), directory / FILE)
 
 
 def save_prior(network: PriorNetwork, path: str | Path) -> bytes:

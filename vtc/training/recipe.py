@@ -84,6 +84,11 @@ class Recipe:
                 raise ConfigError(f"--{field.name} is one of {', '.join(map(str, choices))}, not "
                                   f"{getattr(self, field.name)!r}.")
 
+    @property
+    def total_steps(self) -> int:
+        """Of the whole run; a recipe of several phases adds them up."""
+        return self.max_train_steps
+
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then by `lr_scheduler` down to the final rate."""
         if step < self.lr_warmup_steps:
@@ -95,10 +100,25 @@ class Recipe:
         return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
 
 
-def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type[Recipe], **defaults: Any) -> None:
-    """A flag for each field, `--config`, `--output_dir` and `--resume_from_checkpoint`; `defaults` of this script."""
+#: flags that change what is seen of a run, and not its result
+_SEEN = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "report_to", "compile",
+         "gradient_checkpointing", "dataloader_num_workers", "collapse_usage", "stop_on_collapse")
+
+
+def result_settings(recipe: Recipe) -> dict[str, Any]:
+    """The fields that a run's result depends on."""
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if name not in _SEEN}
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser, recipe: type[Recipe], output_dir: Sequence[str] = ("output_dir",),
+                     **defaults: Any) -> None:
+    """A flag for each field, `--config`, `--output_dir` and `--resume_from_checkpoint`; `defaults` of this script.
+
+    output_dir: further names of that flag, where a script has always called it otherwise.
+    """
     parser.add_argument("--config", type=Path, help="YAML or JSON file of flags; the command line overrides it")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs"), help="takes checkpoints, logs, the model")
+    names = [f"--{name}" for name in dict.fromkeys(("output_dir", *output_dir))]
+    parser.add_argument(*names, type=Path, default=Path("runs"), help="takes checkpoints, logs, the model")
     parser.add_argument("--resume_from_checkpoint", metavar="latest|PATH", help="go on from there, to the bit")
     group, types = parser.add_argument_group("recipe"), get_type_hints(recipe)
     for field in dataclasses.fields(recipe):

@@ -47,7 +47,7 @@ class Task:
         raise NotImplementedError
 
     def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
-        """For the optimizer. A group may say "share", by which its learning rate is multiplied."""
+        """For the optimizer. A group may say "share", by which its learning rate is multiplied, and "weight_decay"."""
         parameters = [p for p in self.players[player].parameters() if p.requires_grad]
         groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
                   {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
@@ -56,7 +56,7 @@ class Task:
     def optimizer(self, player: str, recipe: Recipe) -> torch.optim.Optimizer:
         """AdamW by default."""
         return torch.optim.AdamW(self.parameter_groups(player, recipe), lr=recipe.learning_rate,
-                                 betas=(recipe.adam_beta1, recipe.adam_beta2))
+                                 betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=0.0)
 
     def train_mode(self) -> None:
         """Put the players in training mode: at the start and after each validation."""
