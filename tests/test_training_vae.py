@@ -164,8 +164,8 @@ def test_the_scale_consistent_terms_equal_upstream(monkeypatch):
     assert sum(term.item() for term in terms.values()) == pytest.approx(expected["total"], rel=1e-4)
     assert task.losses("discriminator", fixture["target"], 0) == {} == task.losses("vae", fixture["target"], 1)
     terms = task.losses("discriminator", fixture["target"], 1)
-    assert float(terms["hinge"]) == pytest.approx(expected["d_hinge"], rel=1e-4)
-    assert float(terms["penalty"]) == pytest.approx(expected["d_gp"], rel=1e-4)
+    assert terms["hinge"].item() == pytest.approx(expected["d_hinge"], rel=1e-4)
+    assert terms["penalty"].item() == pytest.approx(expected["d_gp"], rel=1e-4)
 
 
 def test_the_students_features_are_held_to_the_teachers():
