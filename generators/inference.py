@@ -33,8 +33,9 @@ class PreparedLinear(nn.Module):
 
     def __init__(self, layer: nn.Linear | PreparedLinear, dtype: torch.dtype, gelu: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.dtype, self.gelu = layer.in_features, layer.out_features, dtype, gelu
         weight = layer.weight.detach().to(dtype)
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.gelu = dtype, gelu
         self.packed = can_pack(weight)
         # Not a buffer: its memory has no strides, and what handles state dicts would stumble over it.
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS) if self.packed else weight
@@ -51,8 +52,8 @@ class PreparedLinear(nn.Module):
         bias = self.bias if bias is None else bias.to(self.dtype)
         x = x.to(self.dtype)
         if self.packed:
-            activation = ("gelu", [], "tanh") if self.gelu else ("none", [], "")
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, *activation)
+            activation = ("gelu", "tanh") if self.gelu else ("none", "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._weight, bias, activation[0], [], activation[1])
         out = F.linear(x, self._weight, bias)
         return F.gelu(out, approximate="tanh") if self.gelu else out
 
@@ -105,8 +106,8 @@ def _replace(module: nn.Module, dtype: torch.dtype | None, cast_here: bool) -> N
         casting = cast_here or name in CAST
         wanted = dtype if casting and dtype is not None else None
         if isinstance(child, PreparedLinear):
-            if wanted not in (None, child.dtype):
-                setattr(module, name, PreparedLinear(child, cast(torch.dtype, wanted), child.gelu))
+            if wanted is not None and wanted != child.dtype:
+                setattr(module, name, PreparedLinear(child, wanted, child.gelu))
         elif isinstance(child, nn.Linear):
             activated = isinstance(module, nn.Sequential) and name.isdigit() and _is_gelu(module, int(name) + 1)
             setattr(module, name, PreparedLinear(child, wanted or child.weight.dtype, activated))

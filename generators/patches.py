@@ -53,7 +53,7 @@ class PatchedQuantizer:
 
     def add_scale(self, total: Tensor | None, indices: Tensor, number: int, scales: Sequence[Scale]) -> Tensor:
         """The sum so far, (B, d, p H, p W), and a scale's (B, h, w, G p^2) indices to the sum after it."""
-        size = indices.shape[1:3]
+        size = (indices.shape[1], indices.shape[2])
         cells = unfold(indices.flatten(1, 2), (size,), self.patch).unflatten(1, cells_of((size,), self.patch)[0])
         return self.quantizer.add_scale(total, cells, number, cells_of(scales, self.patch))
 

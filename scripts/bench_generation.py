@@ -410,7 +410,8 @@ def policies_part(args: argparse.Namespace) -> tuple[str, list[str]]:
     made |= {two: (HACK(contextual, budget), None), one: (HACK(((*range(schedule.heads),),) * schedule.layers, budget,
                                                                contextual_share=1.0), None),
              "hack, attention 0.3": (HACK(contextual, attention=budget_from_ratio(schedule, 0.3, "all")), None)}
-    rows, found = [], {}
+    rows: list[list[str]] = []
+    found: dict[str, tuple[float, float, float, Run]] = {}
     for name in [*made, two, one] if args.repeats > 1 else made:
         policy, storage = made[name]
         runs = []
@@ -426,7 +427,7 @@ def policies_part(args: argparse.Namespace) -> tuple[str, list[str]]:
         rows.append([name, f"{run.nbytes / MIB:.1f}", f"{run.peak / MIB:.1f}", f"{seconds:.2f}",
                      f"{seconds / full:.2f}", f"{attend:.2f}", f"{1e3 * select:.0f}",
                      f"{100 * select / seconds:.1f} %"])
-    ratio, attend_ratio = (found[two][i] / found[one][i] for i in (0, 1))
+    ratio, attend_ratio = found[two][0] / found[one][0], found[two][1] / found[one][1]
     selections = {n: f[2] / f[0] for n, f in found.items()}
     missed = [f"two head groups: {ratio:.3f} times the time of one, not {GROUPS_BAR}"] if ratio > GROUPS_BAR else []
     missed += [f"selection of {name}: {100 * share:.1f} % of the transformer" for name, share in selections.items()

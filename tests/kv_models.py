@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.generators.inference import prepare
 from vtc.generators.infinity import Infinity
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.full import Full
@@ -45,9 +46,14 @@ def _louder(model: Any) -> Any:
     return model.eval()
 
 
-def tiny_var() -> Tiny:
+def prepared_var(dtype: torch.dtype) -> Tiny:
+    """`tiny_var`, prepared for generation in another type."""
+    return tiny_var(lambda model: prepare(model, dtype))
+
+
+def tiny_var(finish: Callable[[VAR], VAR] = lambda model: model) -> Tiny:
     torch.manual_seed(0)
-    model = _louder(VAR(3, 32, 4, classes=5, codebook_size=16, code_dim=8, sides=SIDES))
+    model = finish(_louder(VAR(3, 32, 4, classes=5, codebook_size=16, code_dim=8, sides=SIDES)))
     labels = torch.tensor([1, 2, 5, 5])
     codes = [None, *(torch.randn(2, s * s, 8).repeat(2, 1, 1) for s in SIDES[1:])]
 

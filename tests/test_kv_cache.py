@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.fixtures import Fixture
-from tests.kv_models import MODELS, POLICIES, PYRAMIDS_ONLY, Tiny
+from tests.kv_models import MODELS, POLICIES, PYRAMIDS_ONLY, Tiny, prepared_var
 from tests.shared import needs_shared
 from vtc.errors import ConfigError, FileError, ModelError
 from vtc.generators.kv_cache.cache import KVCache
@@ -51,6 +51,10 @@ def watched(cache: KVCache) -> list[tuple[int, int, list[int]]]:
                 assert (group.tokens.diff(dim=-1) > 0).all()  # ascending, so no duplicates
                 assert group.tokens.max() < cache.schedule.starts[step + 1]
         heard.append((layer, step, cache.kept(layer)))
+        if not (cache.schedule.raster or cache.policy.keeps_all or cache.storage):  # nothing is allocated beyond need
+            numbers = sum(k for i in range(cache.schedule.layers) for k in cache.kept(i)) * k.shape[0] * k.shape[3]
+            assert cache.nbytes() == 2 * numbers * k.element_size()
+        assert cache.peak_nbytes() >= cache.nbytes()
         return out
 
     cache.attend = listening  # type: ignore[method-assign]
@@ -137,6 +141,30 @@ def test_mixed_precision_goes_with_any_policy(policy: str, tiny: dict[str, Tiny]
         per_token = {"int4": head // 2 + 2, "int8": head + 2, None: 4 * head}[storage.coarse]  # type: ignore[index]
         assert cache.nbytes() == 2 * 4 * (sum(fine) * 4 * head + sum(coarse) * per_token)
     assert errors[0] > errors[1] > errors[2] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("storage", [None, "int8"])
+def test_every_policy_runs_in_bfloat16(policy: str, storage: Any, tiny: dict[str, Tiny]) -> None:
+    model = prepared_var(torch.bfloat16)
+    schedule = model.schedule
+    exact, low = (KVCache(schedule, POLICIES[policy](schedule, 15), storage) for _ in range(2))
+    a, b = tiny["var"].run(exact), model.run(low)
+    assert [low.kept(i) for i in range(schedule.layers)] == [exact.kept(i) for i in range(schedule.layers)]
+    assert b.isfinite().all()
+    assert low.nbytes() == (exact.nbytes() if storage else exact.nbytes() // 2)
+    if policy in ("full", "sliding", "streaming", "heatkv"):  # these choose alike, whatever the rounding
+        assert (a - b).abs().mean() < 0.15 * a.std()
+
+
+def test_the_peak_counts_what_is_on_the_move() -> None:
+    x = torch.randn(1, 1, 15, 1)
+    cache = KVCache(Schedule(((1, 1), (2, 2), (3, 3), (1, 1)), 1, 1, 1), StreamingLLM(5, 1))
+    for step, part in enumerate(x.split([1, 4, 9, 1], 2)):
+        cache.attend(part, part, part, 0, step)
+    # Third step: keys and values of 14 tokens each, and again the 5 old values on their way into the larger buffer;
+    # as many when the 5 that stay are copied out. The last one joins 5 + 1 tokens for the attention: less.
+    assert cache.peak_nbytes() == 4 * (14 + 14 + 5)
 
 
 def candidates(q: Tensor, k: Tensor, sizes: tuple[tuple[int, int], ...], step: int, tokens: Tensor | None = None,
@@ -396,6 +424,13 @@ def test_misfits_of_policy_and_model_are_refused(tiny: dict[str, Tiny]) -> None:
     with pytest.raises(ConfigError, match="Step 0 has"):
         q = torch.zeros(1, 4, 2, 8)
         KVCache(schedule).attend(q, q, q, 0, 0)
+    with pytest.raises(ConfigError, match="groups of heads of its own"):
+        KVCache(schedule, AdaptiveHeads(HACK(((0,),) * 3, 20), ((20,) * 4,) * 3))
+    used = KVCache(schedule)
+    q = torch.zeros(1, 4, 1, 8)
+    used.attend(q, q, q, 0, 0)
+    with pytest.raises(ConfigError, match="holds a generation already"):
+        used.attend(q, q, q, 0, 0)
     with pytest.raises(ConfigError, match="does not come back"):
         KVCache(schedule, StreamingLLM(9)).truncate(1)
 

@@ -89,6 +89,8 @@ class KVCache:
         if tuple(q.shape[1:]) != expected:
             raise ConfigError(f"Step {step} has (heads, tokens, dimensions) {expected}, not {tuple(q.shape[1:])}.")
         groups = self.groups[layer]
+        if step == 0 and groups[0].k.length > 0:
+            raise ConfigError("This cache holds a generation already: make a new one for each.")
         if len(groups) == 1:
             return self._attend(groups[0], q, k, v, layer, step)
         out = torch.empty_like(q)

@@ -22,6 +22,7 @@ from torch import Tensor
 from vtc.errors import ConfigError
 from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
 from vtc.generators.kv_cache.schedule import Schedule
+from vtc.generators.kv_cache.storage import gather
 
 
 @dataclass(frozen=True)
@@ -129,13 +130,15 @@ def merge_into(k: Tensor, v: Tensor, kept: Tensor) -> Merged:
     k, v: (B, h, n, D). kept: (B, h, m) indices.
     """
     dropped = torch.ones(k.shape[:3], dtype=torch.bool, device=k.device).scatter(2, kept, False)
-    at = kept[..., None].expand(-1, -1, -1, k.shape[3])
-    k_kept, v_kept = k.gather(2, at), v.gather(2, at)
-    nearest = (k @ k_kept.transpose(2, 3)).argmax(-1)
-    weight = dropped.to(k.dtype)[..., None]
+    nearest = (k @ gather(k, kept).transpose(2, 3)).argmax(-1)
+    weight = dropped.float()[..., None]  # sums of many in float32, whatever the keys are
     into = nearest[..., None].expand_as(k)
     counts = 1 + weight.new_zeros(*kept.shape, 1).scatter_add(2, nearest[..., None], weight)
-    return Merged(k_kept.scatter_add(2, into, k * weight) / counts, v_kept.scatter_add(2, into, v * weight) / counts)
+
+    def joined(x: Tensor) -> Tensor:
+        return (gather(x, kept).float().scatter_add(2, into, x * weight) / counts).to(x.dtype)
+
+    return Merged(joined(k), joined(v))
 
 
 def _as_slice(heads: list[int]) -> Heads:

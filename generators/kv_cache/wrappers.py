@@ -63,6 +63,9 @@ class AdaptiveHeads(KVPolicy):
             raise ConfigError(f"Budgets for {len(self.tokens)} layers do not fit {schedule.layers} layers of "
                               f"{schedule.heads} heads.")
         self.policy.check(schedule)
+        if len(self.policy.heads(schedule, 0)) != 1:
+            raise ConfigError(f"{type(self.policy).__name__} has groups of heads of its own, so their budgets are not "
+                              "adapted to heads.")
 
     def budget(self, schedule: Schedule, layer: int, step: int) -> int:
         return max(self._with(b).budget(schedule, layer, step) for b in set(self.tokens[layer]))
