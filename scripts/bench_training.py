@@ -91,11 +91,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 marks.append((time.perf_counter(), time.process_time()))
                 before(step)
 
-            task.before_step = marked  # type: ignore[method-assign]
+            task.before_step = marked
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
             loop.train()
-            task.before_step = before  # type: ignore[method-assign]
+            task.before_step = before
         steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks[args.steps :], marks[args.steps + 1 :], strict=False)]
         rows[name] = statistics.median(wall for wall, _ in steps)
         rows[f"{name}_cpu"] = statistics.median(cpu for _, cpu in steps)

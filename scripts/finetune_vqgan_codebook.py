@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from vtc.training.recipe import add_recipe_flags, parse_recipe_args, recipe_from
 from vtc.training.sources import add_data_flags, pictures_of
@@ -55,8 +56,10 @@ def train(args: argparse.Namespace) -> None:
         for n in range(min(len(held_out), recipe.validation_limit or len(held_out))):
             key, _, file = held_out.read(n)
             validation.append(load_image(file, name=key).tensor())
-    perceptual = LPIPS(recipe.perceptual_backbone, args.lpips_weights) if recipe.perceptual_weight else None
-    critic = PatchGAN(norm=recipe.discriminator_norm) if recipe.gan_weight else None  # type: ignore[arg-type]
+    backbone = cast(Any, recipe.perceptual_backbone)
+    perceptual = LPIPS(backbone, args.lpips_weights) if recipe.perceptual_weight else None
+    size = recipe.discriminator_channels, recipe.discriminator_layers
+    critic = PatchGAN(*size, cast(Any, recipe.discriminator_norm)) if recipe.gan_weight else None
     judge = LPIPS("alex", args.lpips_weights) if validation else None
     crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
     task = CodebookTask(model, recipe, perceptual, critic, judge, validation)

@@ -118,14 +118,16 @@ def task_of(args: argparse.Namespace, recipe: VAERecipe, validation: list[Tensor
     from vtc.tokenizers.lpips import LPIPS
     from vtc.training.vae import KLTask, ScaleConsistentStudent, ScaleConsistentTask
 
-    perceptual = LPIPS(recipe.perceptual_backbone, args.lpips_weights) if recipe.perceptual_weight else None
+    backbone: Any = recipe.perceptual_backbone
+    perceptual = LPIPS(backbone, args.lpips_weights) if recipe.perceptual_weight else None
     size = recipe.discriminator_channels, recipe.discriminator_layers
     if isinstance(recipe, ScaleConsistentRecipe):
         student, teacher = student_and_teacher(args)
         critic = SpectralDiscriminator(*size) if recipe.adversarial_weight else None
         return ScaleConsistentTask(ScaleConsistentStudent(student), teacher, recipe, critic, perceptual, validation)
     assert isinstance(recipe, KLRecipe)
-    judge = PatchGAN(*size, recipe.discriminator_norm) if recipe.adversarial_weight else None
+    norm: Any = recipe.discriminator_norm
+    judge = PatchGAN(*size, norm) if recipe.adversarial_weight else None
     return KLTask(autoencoder_of(args, recipe.quantization_step), recipe, judge, perceptual, validation)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from tests.shared import ROOT
 from vtc.errors import ConfigError
 from vtc.models import load_generator, load_tokenizer
+from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.vqgan import VQGAN
 from vtc.training.codebook_task import CodebookTaskRecipe, clustered
 from vtc.training.generator import GeneratorRecipe
@@ -108,6 +109,41 @@ def test_the_debug_configurations_go_from_pictures_to_a_generator(photographs, t
         "--output_dir", str(tmp_path / "var"))
     generator = load_generator(str(tmp_path / "var/model"))
     assert generator.model.sides == (1, 2, 4, 8) and generator.model.classes == 2
+
+
+@pytest.mark.parametrize(("script", "config", "needs"), [
+    ("train_tokenizer", "tokenizer", []), ("train_generator", "generator", ["--tokenizer", "x"]),
+    ("tokenize_dataset", "tokenize", ["--tokenizer", "x", "--output_dir", "x"]), ("train_vae", "vae_kl", []),
+    ("train_vae", "vae_eq", []), ("train_vae", "vae_patch", []), ("train_vae", "vae_sc", []),
+    ("finetune_wlf", "wlf", ["--vae", "x", "--prompt_embeddings", "x"]),
+    ("finetune_vqgan_codebook", "codebook", ["--model", "x"]),
+    ("finetune_codebook", "family", ["--model", "x", "--train_data_dir", "x"]),
+    ("train_prior", "prior", ["--model", "x", "--train_data_dir", "x", "--output", "x"]),
+    ("train_concealer", "concealer", ["--model", "x", "--train_data_dir", "x"]),
+    ("train_hyperprior", "hyperprior", ["--train_data_dir", "x", "--output", "x"])])
+def test_every_training_script_has_a_debug_configuration_that_fits(script, config, needs):
+    args = import_module(f"scripts.{script}").parse_args(
+        ["--config", str(ROOT / f"scripts/configs/{config}_debug.yaml"), *needs])
+    assert getattr(args, "max_train_steps", 1) <= 6
+
+
+def test_the_debug_configurations_of_a_localvq_s_companions_and_of_the_hyperprior(photographs, tmp_path):
+    torch.manual_seed(0)
+    model = LocalVQ(codebook_size=16, dim=6, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
+                    decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
+    model.save_pretrained(tmp_path / "model")
+    common = ["--model", str(tmp_path / "model"), "--train_data_dir", str(photographs)]
+
+    def run(script: str, config: str, *arguments: str) -> None:
+        config = str(ROOT / "scripts/configs" / config)
+        assert import_module(f"scripts.{script}").main(["--config", config, *arguments]) == 0
+
+    run("train_prior", "prior_debug.yaml", *common, "--output_dir", str(tmp_path / "prior"), "--output",
+        str(tmp_path / "prior.safetensors"))
+    run("train_concealer", "concealer_debug.yaml", *common, "--output_dir", str(tmp_path / "concealer"))
+    run("train_hyperprior", "hyperprior_debug.yaml", "--train_data_dir", str(photographs), "--output_dir",
+        str(tmp_path / "hyper"), "--output", str(tmp_path / "codec"))
+    assert (tmp_path / "prior.safetensors").is_file() and (tmp_path / "codec").is_dir()
 
 
 def small_vqgan() -> VQGAN:

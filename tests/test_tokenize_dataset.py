@@ -303,22 +303,22 @@ def folder_of(path: Path, count: int) -> Path:
 
 def command(pictures: Path, out: Path, *more: str) -> list[str]:
     return ["--tokenizer", "localvq-f16-2560", "--train_data_dir", str(pictures), "--output_dir", str(out),
-            "--resolution", "64", "--shard_size", "4", "--batch_size", "4", "--num_workers", "0", "--quiet", *more]
+            "--resolution", "64", "--shard_size", "2", "--batch_size", "4", "--num_workers", "0", "--quiet", *more]
 
 
 def test_two_processes_of_the_script_make_what_one_makes_and_a_second_run_makes_nothing(tmp_path, capsys):
-    pictures = folder_of(tmp_path / "pictures", 12)
+    pictures = folder_of(tmp_path / "pictures", 6)
     one, two = tmp_path / "one", tmp_path / "two"
     script = import_module("scripts.tokenize_dataset")
     for _ in range(2):
         script.main([part for part in command(pictures, one) if part != "--quiet"])
     said = capsys.readouterr().err
-    assert "12 pictures in 3 shards" in said and "0 pictures in 0 shards" in said and "12 were there already" in said
+    assert "6 pictures in 3 shards" in said and "0 pictures in 0 shards" in said and "6 were there already" in said
     for rank in ("0", "1"):
         script.main(command(pictures, two, "--rank", rank, "--world_size", "2"))
     assert contents(one) == contents(two)
     tokens = TokenShards(one, load_tokenizer(), labels=True)
-    assert tokens.labels.tolist() == [0] * 6 + [1] * 6 and tokens.facts.layout.scales == ((4, 4),)
+    assert tokens.labels.tolist() == [0] * 3 + [1] * 3 and tokens.facts.layout.scales == ((4, 4),)
 
 
 def test_the_script_reads_packs_and_webdataset_shards_alike(tmp_path):

@@ -159,7 +159,7 @@ def test_the_scale_consistent_terms_equal_upstream(monkeypatch):
     monkeypatch.setattr(vae, "teacher_features", lambda teacher, images: fixture["teacher_feat"])
     critic = SpectralDiscriminator(32).eval()
     critic.load_state_dict(Fixture("scvae/discriminator_tiny").weights())
-    task = ScaleConsistentTask(Student(), pair()[1], ScaleConsistentRecipe(), critic, Absolute())  # type: ignore[arg-type]
+    task = ScaleConsistentTask(Student(), pair()[1], ScaleConsistentRecipe(), critic, Absolute())
     terms = task.losses("vae", fixture["target"], 0)
     assert sum(term.item() for term in terms.values()) == pytest.approx(expected["total"], rel=1e-4)
     assert task.losses("discriminator", fixture["target"], 0) == {} == task.losses("vae", fixture["target"], 1)

@@ -35,13 +35,17 @@ class CodebookTaskRecipe(Recipe):
     perceptual_backbone: str = flag("vgg", "network of that LPIPS", ("squeeze", "vgg", "alex"))
     gan_weight: float = flag(0.8, "of the adversarial term, beside the adaptive weight; 0: no discriminator")
     gan_start: int = flag(0, "first step of the adversarial term")
+    discriminator_channels: int = flag(64, "of PatchGAN's first layer")
+    discriminator_layers: int = flag(3, "of stride 2")
     discriminator_norm: str = flag("batch", "of PatchGAN", ("batch", "group", "none"))
     validation_limit: int = flag(0, "pictures to validate on; 0: all")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.perceptual_weight, self.gan_weight) < 0 or self.resolution < 1 or not 0 < self.min_scale <= 1:
-            raise ConfigError("Weights are not below 0, --resolution is at least 1 and --min_scale lies in (0, 1].")
+        counts = (self.resolution, self.discriminator_channels, self.discriminator_layers)
+        if min(self.perceptual_weight, self.gan_weight) < 0 or min(counts) < 1 or not 0 < self.min_scale <= 1:
+            raise ConfigError("Weights are not below 0, --resolution and the discriminator's channels and layers are "
+                              "at least 1, and --min_scale lies in (0, 1].")
 
 
 def clustered(model: Tokenizer, size: int, weighted: bool = False, seed: int = 0) -> Tokenizer:

@@ -54,7 +54,7 @@ class DiffusersPlayer(nn.Module):
 
     def __init__(self, model: AutoencoderKL | ScaleConsistentVAE) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = cast(Any, model)
         self.downsample = 2 ** (len(self.model.config.block_out_channels) - 1) * self.model.config.get("stride", 1)
 
     @property
