@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vtc.errors import ConfigError, FileError, ImageError
 from vtc.eval.metric import FeatureMetric, check_images
-from vtc.files import write_file
+from vtc.files import reason, write_file
 
 
 class FeatureStatistics(NamedTuple):
@@ -100,9 +100,11 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
                 raise FileError(f"{path} holds {', '.join(file.files)}, not the statistics mu and sigma.")
             mean, covariance = (torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in names)
             count = int(file["count"]) if "count" in file.files else 0
-    except (OSError, ValueError) as error:
-        if isinstance(error, FileError):
-            raise
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path} cannot be read as statistics: {reason(error)}.") from error
+    except ValueError as error:
         raise FileError(f"{path} cannot be read as statistics: {error}.") from error
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise FileError(f"{path} holds a mean of {tuple(mean.shape)} and a covariance of {tuple(covariance.shape)}.")

@@ -10,6 +10,8 @@ import numpy as np
 from vtc.eval.charts import Series, line_chart
 from vtc.eval.token_statistics import Cooccurrence, TokenStatistics
 
+#: of a corpus what a table shows; None, or nothing, for a dash
+Cell = Callable[[TokenStatistics], object]
 #: points of a curve
 POINTS = 60
 
@@ -18,8 +20,8 @@ def statistics_rows(found: Mapping[str, TokenStatistics]) -> list[tuple[str, lis
     """What is measured, and the cell of each corpus; a dash where a corpus is too small for it."""
     rows: list[tuple[str, list[str]]] = []
 
-    def row(name: str, cell: Callable[[TokenStatistics], str | None]) -> None:
-        rows.append((name, [cell(statistics) or "-" for statistics in found.values()]))
+    def row(name: str, cell: Cell) -> None:
+        rows.append((name, [str(cell(statistics) or "-") for statistics in found.values()]))
 
     row("documents", lambda s: f"{s.documents:,}")
     row("tokens", lambda s: f"{s.tokens:,}")
@@ -35,19 +37,13 @@ def statistics_rows(found: Mapping[str, TokenStatistics]) -> list[tuple[str, lis
         lambda s: s.zipf and f"{s.zipf.mandelbrot_exponent:.2f}, {s.zipf.mandelbrot_shift:.3g} "
                              f"({s.zipf.mandelbrot_distance:.3f})")
     for n in (2, 3, 4):
-        row(f"bits given {n - 1} before: plug-in / of shuffled tokens",
-            lambda s, n=n: f"{s.n_grams[n - 1].conditional:.2f} / {s.n_grams[n - 1].shuffled:.2f}"
-            if len(s.n_grams) >= n else None)
+        row(f"bits given {n - 1} before: plug-in / of shuffled tokens", _given(n))
     for n in (1, 2, 3, 4):
-        row(f"bits of held-out documents, {n}-gram model / shuffled",
-            lambda s, n=n: _pair(s.n_grams[n - 1].held_out, s.n_grams[n - 1].shuffled_held_out)
-            if len(s.n_grams) >= n else None)
+        row(f"bits of held-out documents, {n}-gram model / shuffled", _held_out(n))
     row("the same, given above and left",
         lambda s: s.above_and_left and _pair(s.above_and_left.held_out, s.above_and_left.shuffled_held_out))
-    for r, c in ((0, 1), (1, 0)):
-        row(f"information in the neighbour {'to the right' if c else 'below'}, above its bias (bit)",
-            lambda s, r=r, c=c: next((f"{n.information - n.shuffled:.2f} ({n.information:.2f} - {n.shuffled:.2f})"
-                                      for n in s.neighbours if (n.rows, n.columns) == (r, c)), None))
+    for name, place in (("to the right", (0, 1)), ("below", (1, 0))):
+        row(f"information in the neighbour {name}, above its bias (bit)", _information(place))
     row("pairs of one word with itself, by chance (%)",
         _of_pairs(lambda c: f"{100 * c.same:.2f}, {100 * c.same_by_chance:.2f}"))
     row("symmetry of pairs, shuffled", _of_pairs(lambda c: f"{c.symmetry:.3f}, {c.shuffled_symmetry:.3f}"))
@@ -61,17 +57,34 @@ def statistics_rows(found: Mapping[str, TokenStatistics]) -> list[tuple[str, lis
     row("new words per 1,000 tokens, first and last",
         lambda s: s.growth and f"{s.growth.innovation[0]:.0f}, {s.growth.innovation[-1]:.2f}")
     for name in ("huffman", "zlib", "lzma", "shuffled_lzma"):
-        row(f"{name.replace('_', ' of ')} bytes over packed".replace("shuffled of lzma", "lzma of shuffled"),
-            lambda s, name=name: f"{getattr(s.compressibility, name) / s.compressibility.packed:.3f}")
+        row(f"{'lzma of shuffled' if name == 'shuffled_lzma' else name} bytes over packed", _bytes(name))
     row("Benford: divergence (bit), p", lambda s: f"{s.benford.divergence:.3f}, {s.benford.p_value:.2g}")
     return rows
+
+
+def _given(n: int) -> Cell:
+    return lambda s: _pair(s.n_grams[n - 1].conditional, s.n_grams[n - 1].shuffled) if len(s.n_grams) >= n else None
+
+
+def _held_out(n: int) -> Cell:
+    return lambda s: (_pair(s.n_grams[n - 1].held_out, s.n_grams[n - 1].shuffled_held_out) if len(s.n_grams) >= n
+                      else None)
+
+
+def _information(place: tuple[int, int]) -> Cell:
+    return lambda s: next((f"{n.information - n.shuffled:.2f} ({n.information:.2f} - {n.shuffled:.2f})"
+                           for n in s.neighbours if (n.rows, n.columns) == place), None)
+
+
+def _bytes(name: str) -> Cell:
+    return lambda s: f"{getattr(s.compressibility, name) / s.compressibility.packed:.3f}"
 
 
 def _pair(bits: float | None, shuffled: float | None) -> str | None:
     return None if bits is None or shuffled is None else f"{bits:.2f} / {shuffled:.2f}"
 
 
-def _of_pairs(cell: Callable[[Cooccurrence], str | None]) -> Callable[[TokenStatistics], str | None]:
+def _of_pairs(cell: Callable[[Cooccurrence], str | None]) -> Cell:
     return lambda s: cell(s.cooccurrence[0]) if s.cooccurrence else None
 
 

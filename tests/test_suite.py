@@ -184,7 +184,7 @@ def test_mistakes_are_one_sentence_and_code_1(folders, run, tmp_path, monkeypatc
 def test_every_reason_is_told_where_nothing_is_left(folders, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ref").mkdir()
-    for name in ("0.png", "double.png", "double.ppm"):
+    for name in ("0.png", "double.png", "double.jpg"):
         save_image(picture(0, 32, 32), tmp_path / "ref" / name)
     done = run("--codec", "nowhere", "--data", "ref")
     assert done.code == 1 and "double stands for" in done.err and "nowhere" in done.err.splitlines()[-1]

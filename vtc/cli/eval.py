@@ -309,6 +309,9 @@ def _fidelity(args: argparse.Namespace, problems: list[Problem]) -> list[Measure
             if name in FACE_ENGINES:
                 found.append(FaceMeasure(load_face_engine(name, weights or None), size))
             elif name in TEXT_ENGINES:
+                if not args.annotations and not annotations.is_file():
+                    raise ConfigError(f"The engine {name} needs the words that stand in the pictures: give them by "
+                                      f"--annotations; there is no {annotations}.")
                 found.append(TextMeasure(load_text_engine(name, weights or None), annotations, size))
             else:
                 raise UsageError(f"--engines takes {', '.join((*TEXT_ENGINES, *FACE_ENGINES))}, not {name!r}")
