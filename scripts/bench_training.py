@@ -151,7 +151,7 @@ def case_of(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any, Any, Any]:
 
         small: dict[str, Any] = dict(codebook_size=16, dim=4, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
                                      decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
-        side, batch = (32, 2) if args.tiny else (224, 64 if gpu else 6)
+        side, batch = (32, 2) if args.tiny else (224, 64 if gpu else 2)
         recipe: Any = TokenizerRecipe(**common, resolution=side, train_batch_size=batch, continuous_steps=0,
                                       perceptual_weight=0.0, gan_weight=0.1, discriminator_norm="group",
                                       discriminator_channels=8 if args.tiny else 64)
@@ -164,7 +164,7 @@ def case_of(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any, Any, Any]:
         from vtc.training.vae_recipe import KLRecipe
 
         widths = (8, 8) if args.tiny else (128, 256, 512, 512) if gpu else (32, 64, 128)
-        side, batch = (32, 2) if args.tiny else (256, 16) if gpu else (128, 4)
+        side, batch = (32, 2) if args.tiny else (256, 16) if gpu else (128, 2)
         recipe = KLRecipe(**common, resolution=side, train_batch_size=batch, perceptual_weight=0.0,
                           discriminator_start=0, discriminator_norm="group")
         model = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(widths), latent_channels=4,
@@ -189,7 +189,7 @@ def generator_case(args: argparse.Namespace, gpu: bool, common: dict[str, Any], 
     from vtc.training.tokenizing import DatasetTokenizer
 
     sides = (1, 2, 4) if args.tiny else (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    depth, width, batch = (2, 32, 2) if args.tiny else (16, 1024, 64) if gpu else (6, 256, 8)
+    depth, width, batch = (2, 32, 2) if args.tiny else (16, 1024, 64) if gpu else (6, 256, 2)
     tokenizer = VARVQVAE(channels=32, channel_multipliers=(1, 1, 1, 1, 1), num_res_blocks=1, sides=sides,
                          attention=False, mid_attention=False, codebook_size=64 if args.tiny else 4096).eval()
     recipe = GeneratorRecipe(**common, train_batch_size=batch)
