@@ -28,6 +28,7 @@ from vtc.generators.inference import prepare
 from vtc.generators.infinity import Infinity
 from vtc.generators.kv_cache.cache import KVCache, selected
 from vtc.generators.kv_cache.calibration import Calibration
+from vtc.generators.kv_cache.hack import merge_into
 from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.specs import PolicySpec
@@ -223,11 +224,12 @@ class AsMany(KVPolicy):
         self._asked = asked
         if chosen is None:
             return None
-        count = chosen.k.shape[2] if isinstance(chosen, Merged) else chosen.shape[-1]
-        if isinstance(chosen, Tensor):
-            self._asked = asked.narrowed(chosen)
-        # Selected or merged, it is a copy of so many keys.
-        return Merged(candidates.k[:, :, :count].clone(), candidates.v[:, :, :count].clone())
+        k, v = candidates.k, candidates.v
+        if isinstance(chosen, Merged):
+            return merge_into(k, v, torch.empty(*k.shape[:2], chosen.k.shape[2], dtype=torch.int64, device=k.device))
+        self._asked = asked.narrowed(chosen)
+        count = chosen.shape[-1]
+        return Merged(k[:, :, :count].clone(), v[:, :, :count].clone())  # as large as what is selected
 
     def stored(self, candidates: Candidates) -> Tensor | None:
         asked = self._asked

@@ -215,7 +215,7 @@ def _tokens(module: str, name: str) -> Callable[[Schedule, int | None, dict[str,
         from importlib import import_module
 
         kind = getattr(import_module(f"vtc.generators.kv_cache.{module}"), name)
-        return kind(tokens=amount, **options)  # type: ignore[no-any-return]
+        return kind(tokens=amount, **options)
 
     return make
 
