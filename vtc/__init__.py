@@ -216,6 +216,9 @@ _MODULE_OF = {
     "SnapKV": "vtc.generators.kv_cache.snapkv",
     "StreamingLLM": "vtc.generators.kv_cache.sliding",
     "VAR": "vtc.generators.var",
+    # training: the tokens of a data set
+    "TokenShards": "vtc.training.token_shards",
+    "TrainingTokens": "vtc.training.token_shards",
 }
 
 if TYPE_CHECKING:
@@ -409,6 +412,8 @@ if TYPE_CHECKING:
     from vtc.tokenizers.wavelets import WaveletBands as WaveletBands
     from vtc.tokenizers.wavelets import WaveletTransform as WaveletTransform
     from vtc.tokenizers.wetok import WeTok as WeTok
+    from vtc.training.token_shards import TokenShards as TokenShards
+    from vtc.training.token_shards import TrainingTokens as TrainingTokens
 else:
 
     def __getattr__(name: str) -> Any:
