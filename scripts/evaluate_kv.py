@@ -19,6 +19,7 @@ distance at that number stands beside it.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import re
@@ -31,7 +32,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from generator_quality import GeneratorJudge, as_floats
+from generator_quality import Facts, GeneratorJudge, as_floats
 from torch import Tensor
 from tqdm import tqdm
 
@@ -63,6 +64,8 @@ CALIBRATION_SEED = 1_000_000
 #: pictures of each process whose words are also judged one by one, with the full cache's history
 FORCED = 50
 SHEET = 8
+#: so many pictures at once are real ones, whose features are kept
+REMEMBERED = 500
 
 
 def default_settings() -> list[str]:
@@ -97,6 +100,24 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     if not re.fullmatch(r"\d+/[1-9]\d*", args.share):
         parser.error(f"a share is i/n, as 0/2, not {args.share!r}")
     return args
+
+
+class RememberingJudge(GeneratorJudge):
+    """One that keeps the real pictures' features in the work folder: processes start at once the second time."""
+
+    def __init__(self, folder: Path, *args: Any) -> None:
+        self.folder = folder
+        super().__init__(*args)
+
+    def look(self, images: Tensor) -> Facts:
+        if images.dtype != torch.uint8 or len(images) < REMEMBERED:
+            return super().look(images)
+        path = self.folder / f"features.{hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]}.npz"
+        if not path.is_file():
+            facts = super().look(images)
+            write_file(path, compressed({"pooled": facts.pooled.numpy(), "parts": facts.parts.numpy()}))
+        found = np.load(path)
+        return Facts(torch.from_numpy(found["pooled"]), torch.from_numpy(found["parts"]))
 
 
 # ---- drawing --------------------------------------------------------------------------------------------------------
@@ -164,7 +185,7 @@ def loaded(args: argparse.Namespace) -> tuple[LoadedGenerator, Calibration]:
 def draw_all(args: argparse.Namespace) -> None:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     generator, calibration = loaded(args)
-    judge = GeneratorJudge(args.images, args.weights)
+    judge = RememberingJudge(args.work_dir, args.images, args.weights)
     schedule, model = generator.schedule(), cast(VAR, generator.model)
     share, shares = map(int, args.share.split("/"))
     batches = [b for b in range(-(-args.samples // args.batch_size)) if b % shares == share]
@@ -449,7 +470,7 @@ def claims(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 def report(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    judge = GeneratorJudge(args.images, args.weights)
+    judge = RememberingJudge(args.work_dir, args.images, args.weights)
     rows = measured(args, judge)
     if "full" not in rows:
         raise FileError(f"There are no pictures of the full cache in {args.work_dir}: draw them first.")

@@ -106,7 +106,7 @@ def test_settings_are_drawn_batch_by_batch_and_reported(evaluate: Any, monkeypat
                                                        tmp_path: Path) -> None:
     made = tiny_var()
     monkeypatch.setattr(evaluate, "load_generator", lambda name: made)
-    monkeypatch.setattr(evaluate, "GeneratorJudge", lambda *args: Judge())
+    monkeypatch.setattr(evaluate, "RememberingJudge", lambda *args: Judge())
     work = tmp_path / "work"
     common = ["--model", "x", "--images", "x", "--work_dir", str(work), "--output", str(tmp_path / "out"),
               "--samples", "6", "--batch_size", "2", "--calibration_samples", "4", "--device", "cpu"]
