@@ -32,7 +32,7 @@ from vtc.generators.kv_cache.hack import merge_into
 from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.specs import PolicySpec
-from vtc.generators.llamagen import LlamaGen
+from vtc.generators.llamagen import Block, LlamaGen
 from vtc.generators.pretrained import Condition, LoadedGenerator
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.tokenizers.base import Tokens
@@ -133,7 +133,7 @@ def estimate_memory(generator: LoadedGenerator, batch: int, spec: PolicySpec, sa
             if isinstance(shadow.model, Infinity):
                 text = torch.empty(batch, text_tokens, shadow.model.text_width, device="meta")
                 condition = (text, torch.empty(batch, text_tokens, dtype=torch.bool, device="meta"))
-            shadow.generate(condition, cache, sampling, guidance, [None] * batch)  # type: ignore[arg-type]  # no numbers
+            shadow.generate(condition, cache, sampling, guidance, _nobody(batch))
     kept = cache.peak_nbytes()
     return MemoryEstimate(weights, kept, max(0, live.peak - kept))
 
@@ -160,7 +160,7 @@ def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling
     model = generator.model
     assert isinstance(model, LlamaGen)
     schedule, rows = cache.schedule, batch * (2 if guidance.active else 1)
-    dtype = model.blocks[0].attention.qkv.weight.dtype  # type: ignore[union-attr, index]
+    dtype = cast(Block, model.blocks[0]).attention.qkv.weight.dtype
     for layer in range(schedule.layers):
         for group in cache.groups[layer]:
             heads = len(range(schedule.heads)[group.heads]) if isinstance(group.heads, slice) else len(group.heads)
@@ -176,11 +176,16 @@ def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling
     x = torch.empty(rows, 1, model.width, device="meta")
     for number in (schedule.steps - 2, schedule.steps - 1):
         logits = guidance(model.extend(x, cache, number, positions), number, schedule.steps)
-        sampling(logits[:, -1], [None] * batch)  # type: ignore[arg-type]  # without numbers there is nothing to draw
+        sampling(logits[:, -1], _nobody(batch))
     layout = model.check_tokenizer(generator.tokenizer)
     side = model.side * generator.tokenizer.downsample
     drawn = torch.empty(batch, model.tokens, 1, dtype=torch.int64, device="meta")
     generator.tokenizer.decode(Tokens(drawn, layout, side, side))
+
+
+def _nobody(batch: int) -> list[torch.Generator]:
+    """In the place of a random generator for each picture: without numbers there is nothing to draw."""
+    return cast(list[torch.Generator], [None] * batch)
 
 
 def stand_in(schedule: Schedule) -> Calibration:

@@ -30,7 +30,7 @@ def allocated(work: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         work()
     now = peak = 0
-    for event in watched.profiler.kineto_results.events():  # type: ignore[union-attr]
+    for event in watched.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
