@@ -37,6 +37,11 @@ from vtc.training.wlf_recipe import WLFRecipe
 ensure_torchvision_imports()  # diffusers imports torchvision where it is installed
 
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel  # noqa: E402
+from diffusers.models.attention import JointTransformerBlock  # noqa: E402
+from diffusers.models.transformers.transformer_flux import (  # noqa: E402
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
 from diffusers.training_utils import compute_loss_weighting_for_sd3  # noqa: E402
 
 #: the transformers that are known, by the name in their config.json
@@ -246,6 +251,8 @@ class WLFTask(Task):
 
     validation: a batch as the loader gives it; its error is measured at fixed times and noise, band by band.
     """
+
+    blocks = (JointTransformerBlock, FluxTransformerBlock, FluxSingleTransformerBlock)
 
     def __init__(self, transformer: FlowTransformer, autoencoder: DiffusersAutoencoder, recipe: WLFRecipe,
                  validation: dict[str, Tensor] | None = None) -> None:
