@@ -78,16 +78,22 @@ def write_report(folder: str | Path, methods: Sequence[MethodResult], suite: Sui
 
     items: all pictures; `most` of them are shown. bar: wraps what is waited for, to show progress.
     """
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"The report's folder {folder} cannot be made: {reason(error)}.") from error
+    folder = make_folder(folder)
     pictures = gallery(suite, items, methods, most, bar)
     own = [method for method in methods if not method.origin]
     write_file(folder / "results.json", to_json(methods, about).encode())
     write_file(folder / "results.csv", to_csv(own).encode())
     write_file(folder / "index.html", page(methods, about, pictures).encode())
+
+
+def make_folder(folder: str | Path) -> Path:
+    """The report's folder, so that what is wrong with it is told before hours of measuring; raises FileError."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"The report's folder {folder} cannot be made: {reason(error)}.") from error
+    return folder
 
 
 def page(methods: Sequence[MethodResult], about: Mapping[str, Any], pictures: Sequence[Picture]) -> str:

@@ -169,6 +169,9 @@ def test_what_cannot_be_measured_is_listed_and_the_rest_is_measured(folders, run
     (("--codec", "compressai:bmshj2018-factorized", "--data", "{ref}"), "ARCHITECTURE:WEIGHTS"),
     (("{ref}", "{rec}", "--protocol", "wetok"), "--size"),
     (("{ref}", "{rec}", "--add", "{ref}/0.png"), "not a results file"),
+    (("{ref}", "{rec}", "--report", "{ref}/0.png/report"), "report's folder"),
+    (("{ref}", "{rec}", "--reference", "nowhere.npz", "--metrics", "psnr"), "no such file"),
+    (("{ref}", "{rec}", "--engines", "rapidocr", "--metrics", "psnr"), "--annotations"),
     (("{ref}", "{rec}", "--best-by", "lpips", "--metrics", "fid"), "weights-inception-2015-12-05-6726825d.pth"),
 ])
 def test_mistakes_are_one_sentence_and_code_1(folders, run, tmp_path, monkeypatch, argv, words):

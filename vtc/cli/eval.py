@@ -170,6 +170,7 @@ def check(args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     """The whole job; the exit code."""
     from vtc.eval import measures as m
+    from vtc.eval.report import make_folder
     from vtc.eval.results import from_json
     from vtc.eval.suite import Processes
 
@@ -189,6 +190,8 @@ def evaluate(args: argparse.Namespace) -> int:
             raise _nothing(problems, "No metric is available; see --metrics.")
         suite = _suite(args, methods, measures, options, processes, stack)
         added = [result for path in args.add for result in from_json(path)]
+        if args.report:
+            make_folder(args.report)
         results, more = _run(suite, items, processes, args)
         if not processes.is_main:
             return DONE
