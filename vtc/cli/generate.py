@@ -340,8 +340,9 @@ def _generate(args: argparse.Namespace, prog: str, target: Target | None) -> int
         for batch in batches:
             condition = found.of(batch)
             seeds = [args.seed + i for i in batch]
+            stages: list[list[np.ndarray]] = []
             if args.speculative:
-                images, stages = _speculate(args, generator, condition, seeds, sampling, guidance, run, bar), []
+                images = _speculate(args, generator, condition, seeds, sampling, guidance, run, bar)
             else:
                 images, stages = _draw(args, generator, condition, seeds, policy, sampling, guidance, given, run, bar)
             for row, number in enumerate(batch):

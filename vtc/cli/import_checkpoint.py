@@ -116,7 +116,8 @@ def _generator(args: argparse.Namespace) -> LoadedGenerator:
     tokenizer: Any
     if path.is_file():
         # VAR's tokenizer has the same weights for any sides; these are the ones that the generator draws.
-        tokenizer = load_checkpoint(path, **({"sides": list(model.sides)} if isinstance(model, VAR) else {}))
+        settings: dict[str, Any] = {"sides": list(model.sides)} if isinstance(model, VAR) else {}
+        tokenizer = load_checkpoint(path, **settings)
     else:
         tokenizer = load_tokenizer(args.tokenizer)
     return LoadedGenerator(model, tokenizer)
