@@ -60,8 +60,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def settings_of(args: argparse.Namespace, generator: LoadedGenerator) -> tuple[Sampling, Guidance]:
     """The model's, with what the flags change."""
     own, guidance = generator.sampling, generator.guidance
-    sampling = Sampling(*(own_value if flag is None else flag for flag, own_value in (
-        (args.temperature, own.temperature), (args.top_k, own.top_k), (args.top_p, own.top_p))))
+    sampling = Sampling(own.temperature if args.temperature is None else args.temperature,
+                        own.top_k if args.top_k is None else args.top_k,
+                        own.top_p if args.top_p is None else args.top_p)
     return sampling, guidance if args.guidance is None else Guidance(args.guidance, guidance.ramp)
 
 

@@ -82,9 +82,9 @@ def build(kind: str, pack, tmp_path, text_file, recipe: GeneratorRecipe):
         images = labelled_images(pack)
         texts = TextFeatures(text_file, len(images), 2)
         torch.manual_seed(0)
-        tokenizer = InfinityVAE(4, 32, (1, 1, 1, 1), 1, sides=SIDES).eval()
-        model = Infinity(2, 32, 4, bits=4, text_width=8, text_tokens=3, pool_heads=2, chunks=1)
-        return (InfinityTask(model, tokenizer, recipe, tokenizer.scales(32, 32)),
+        vae = InfinityVAE(4, 32, (1, 1, 1, 1), 1, sides=SIDES).eval()
+        bitwise = Infinity(2, 32, 4, bits=4, text_width=8, text_tokens=3, pool_heads=2, chunks=1)
+        return (InfinityTask(bitwise, vae, recipe, vae.scales(32, 32)),
                 TrainingPictures(images, texts, 32, recipe.seed, flip=False))
     tokenizer = pyramid(SIDES if kind == "var" else (4,))
     tokens = shards(pack, tokenizer, tmp_path / f"tokens-{kind}")
