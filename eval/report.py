@@ -353,8 +353,9 @@ def _pictures(methods: Sequence[MethodResult], pictures: Sequence[Picture]) -> s
                      "first</option>" for metric in judging for word, worst in (("worst", True), ("best", False)))
     cards = "".join(_card(picture, names, by_name) for picture in _worst_first(pictures, first, judging))
     total = len(first.images)
-    which = "All" if len(pictures) == total else f"{len(pictures)} of {total}: worst, best and what lies between;"
-    return (f'<p class="soft">{which} pictures, original on the left of the line, reconstruction on the right: drag '
+    which = "All pictures" if len(pictures) == total else (
+        f"{len(pictures)} of {total} pictures, the worst, the best and some between")
+    return (f'<p class="soft">{which}: original on the left of the line, reconstruction on the right. Drag '
             f"it, or use the arrow keys. Copies for this page are compressed again (WebP {QUALITY}, at most "
             f"{LONGEST_SIDE} pixels a side); the numbers are of the pictures themselves.</p>"
             f'<div class="tools"><label>Reconstruction <select id="method">{options}</select></label>'

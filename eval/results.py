@@ -170,7 +170,8 @@ def rate_savings(methods: Sequence[MethodResult], anchor: str, names: Sequence[s
 
 def _points(members: Sequence[MethodResult], name: str) -> list[tuple[float, float]]:
     pairs = [(method.rate, method.value(name)) for method in members]
-    return sorted((rate, value) for rate, value in pairs if rate is not None and value is not None)
+    # a model at a rate that all its files reach is the model itself: one point
+    return sorted({(rate, value) for rate, value in pairs if rate is not None and value is not None})
 
 
 def families(methods: Sequence[MethodResult]) -> dict[str, list[MethodResult]]:

@@ -377,7 +377,7 @@ class Tally:
                 collector, count = self.collectors[measure.alias]
                 collector.add(record.parts[measure.key])
                 self.collectors[measure.alias] = (collector, count + 1)
-        for name in found.keys() - self.columns.keys():
+        for name in [name for name in found if name not in self.columns]:  # in order: the CSV's columns are these
             self.columns[name] = array("d", [math.nan]) * len(self.images)
         self.images.append(outcome.item.name)
         for name, column in self.columns.items():

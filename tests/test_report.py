@@ -181,6 +181,9 @@ def test_curves_and_savings_of_families():
     assert "+100.0 %" in parsed.text  # twice the bytes at equal quality
     lines = parsed.all("polyline")
     assert [line["points"].count(",") for line in lines] == [3, 3]
+    # A rate that the finest file does not fill gives the same point again.
+    methods.insert(3, method("ours at 0.8", 0.4, [20 + 10 * np.log10(4)] * 2, "ours"))
+    assert "+100.0 %" in Parsed(page(methods, ABOUT, [])).text
 
 
 def test_chart_places_points_in_proportion():
