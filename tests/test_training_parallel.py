@@ -16,6 +16,7 @@ from tests.shared import ROOT
 from tests.test_training import MODEL_ARGS, recipe
 from tests.test_training_loop import Reverse, loop_in
 from vtc.training.loop import Loop
+from vtc.training.sharding import is_sharded
 from vtc.training.tokenizer import TokenizerTask, make_tokenizer
 
 STEPS = 4
@@ -28,17 +29,30 @@ class Pictures(torch.utils.data.Dataset):
         return torch.randint(256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
 
 
+class Sharded(Reverse):
+    """The linear layers of both players are shared out over the processes."""
+
+    blocks = (torch.nn.Linear,)
+
+
 def train(folder: Path, batch: int) -> None:
     """A linear layer with a discriminator; tokenizers with an EMA codebook and with entropies, both with a GAN."""
     accelerator = Accelerator(cpu=True)
-    loop_in(folder / "reverse", task=Reverse(noise=0.0), train_batch_size=batch, max_train_steps=STEPS).train()
+    small = dict(train_batch_size=batch, max_train_steps=STEPS, lr_warmup_steps=0)
+    loop_in(folder / "reverse", task=Reverse(noise=0.0), **small).train()
+    # stopped half-way: whole tensors in a checkpoint, cut again after it
+    shard = accelerator.num_processes > 1
+    loop_in(folder / "sharded", task=Sharded(noise=0.0), shard=shard, **small).train(stop_at=2)
+    again = loop_in(folder / "sharded", task=Sharded(noise=0.0), shard=shard, **small)
+    assert again.resume("latest") and all(is_sharded(p) == shard for p in again.task.model.parameters())
+    again.run()
     for name in ("local_vq", "wetok"):
         torch.manual_seed(5)
-        # dead words are revived by latents of the first process, which one process has not alone
         settings = recipe(max_train_steps=STEPS, train_batch_size=batch, gan_weight=0.1, gan_start=1, lecam_weight=0.1,
                           adaptive_weight=True, discriminator_norm="none", discriminator_channels=4,
                           discriminator_layers=2, learning_rate=1e-3, gradient_accumulation_steps=2, logging_steps=2)
         model = make_tokenizer(name, MODEL_ARGS[name])
+        # dead words are revived by latents of the first process, which one process has not alone
         model.quantizer.dead_below = 0.0
         task = TokenizerTask(model, settings)
         # Adam divides by gradients that may be rounding alone; plain steps show the gradients themselves
@@ -62,7 +76,7 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     train(tmp_path / "one", 4)
     messages = [process.communicate(timeout=600)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], messages
-    for name in ("reverse", "local_vq", "wetok"):
+    for name in ("reverse", "local_vq", "wetok", "sharded"):
         one, two = (tmp_path / n / name / f"checkpoint-{STEPS}" for n in ("one", "two"))
         assert '"processes": 2' in (two / "state.json").read_text()
         for file in sorted(one.glob("*.safetensors")):
@@ -70,5 +84,9 @@ def test_two_processes_are_one_with_twice_the_batch(tmp_path):
             assert a.keys() == b.keys()
             for key, tensor in a.items():
                 torch.testing.assert_close(b[key], tensor, atol=1e-5, rtol=0, msg=f"{name} {key}")
+    a, b = (torch.load(tmp_path / n / "sharded" / "model" / "weights.pt", weights_only=True) for n in ("one", "two"))
+    assert a.keys() == b.keys()
+    for key, tensor in a.items():
+        torch.testing.assert_close(b[key], tensor, atol=1e-5, rtol=0, msg=key)
     moved = load_file(tmp_path / "one" / "local_vq" / f"checkpoint-{STEPS}" / "discriminator.safetensors")
     assert moved["lecam.ema_fake"] != 0

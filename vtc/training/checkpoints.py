@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from vtc import __version__
 from vtc.errors import ModelError, TrainingError, first_sentence
 from vtc.files import write_file
+from vtc.training.sharding import cut_like, whole
 
 STATE, TRAINING, AVERAGE = "state.json", "training.pt", "average"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -78,17 +79,21 @@ def find_checkpoint(output_dir: Path, wanted: str | Path) -> Path | None:
 
 
 def all_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict and the buffers that it leaves out, such as moving averages of a quantizer; on the CPU."""
+    """The state dict and the buffers that it leaves out, such as moving averages of a quantizer; on the CPU.
+
+    Of a sharded module, all processes ask together.
+    """
     tensors = {**dict(module.named_buffers()), **module.state_dict()}
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
 
 
 @torch.no_grad()
 def set_tensors(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     """The inverse of `all_tensors`, strict. ModelError says what does not fit."""
-    stored = module.state_dict().keys()
+    stored, parameters = module.state_dict().keys(), dict(module.named_parameters())
     try:
-        module.load_state_dict({name: tensor for name, tensor in tensors.items() if name in stored})
+        module.load_state_dict({name: cut_like(tensor, parameters[name]) if name in parameters else tensor
+                                for name, tensor in tensors.items() if name in stored})
         # after it: loading a codebook resets the averages that follow it
         for name, buffer in module.named_buffers():
             buffer.copy_(tensors[name])

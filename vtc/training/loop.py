@@ -64,6 +64,16 @@ from vtc.training.checkpoints import (
     write_checkpoint,
 )
 from vtc.training.recipe import Recipe, add_recipe_flags, flag, parse_recipe_args, recipe_from
+from vtc.training.sharding import (
+    check_sharding,
+    clip_gradients,
+    cut_optimizer_state,
+    is_sharded,
+    local,
+    shard_blocks,
+    split_groups,
+    whole,
+)
 from vtc.training.task import Task, checkpoint_activations
 
 __all__ = ["Loop", "Recipe", "Stopped", "Task", "add_recipe_flags", "flag", "make_accelerator", "parse_recipe_args",
@@ -103,8 +113,8 @@ def make_accelerator(recipe: Recipe, output_dir: str | Path) -> Accelerator:
     except ValueError as error:
         raise ConfigError(f"Accelerate refuses this configuration: {' '.join(str(error).split())}") from error
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP):
-        raise ConfigError(f"This loop trains whole models in each process, not with {accelerator.distributed_type}; "
-                          "choose plain multi-GPU in accelerate config.")
+        raise ConfigError(f"This loop shares weights out by itself, not by {accelerator.distributed_type}; choose "
+                          "plain multi-GPU in accelerate config, and --shard for models that no GPU holds alone.")
     return accelerator
 
 
@@ -127,9 +137,10 @@ class Average:
     def update(self, model: nn.Module) -> None:
         """The decay grows with the run, so that the first, useless weights are soon forgotten."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.module.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-        for mine, its in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(its)
+        mine, its = ([local(p.detach()) for p in module.parameters()] for module in (self.module, model))
+        torch._foreach_lerp_(mine, its, 1 - decay)
+        for buffer, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(current)
         self.updates += 1
 
 
@@ -177,18 +188,28 @@ class Loop:
         for module in task.frozen.values():
             module.requires_grad_(False).eval()
         task.train_mode()
+        for player in task.players.values():
+            for tensor in (*player.parameters(), *player.buffers()):  # processes start alike
+                tensor.data.copy_(from_first_rank(tensor.data.contiguous()))
+        self.average = Average(task.model, recipe.ema_decay) if recipe.ema_decay else None
+        self._unsharded: nn.Module | None = None
+        if recipe.shard:
+            check_sharding(recipe.mixed_precision)
+            self._unsharded = deepcopy(task.model).cpu()  # what a finished model is written from
+        if recipe.gradient_checkpointing:
+            checkpoint_activations(task.model, task.blocks)
+        if recipe.shard:
+            for module in (*task.players.values(), *([self.average.module] if self.average else [])):
+                shard_blocks(module, task.blocks, accelerator.device)
         self._trained = {name: [p for p in player.parameters() if p.requires_grad]
                          for name, player in task.players.items()}
         for name, parameters in self._trained.items():
             if not parameters:
                 raise ConfigError(f"The player {name!r} has no weights to train.")
-            for tensor in (*task.players[name].parameters(), *task.players[name].buffers()):  # processes start alike
-                tensor.data.copy_(from_first_rank(tensor.data.contiguous()))
         self.optimizers = {name: task.optimizer(name, recipe) for name in task.players}
-        self.average = Average(task.model, recipe.ema_decay) if recipe.ema_decay else None
+        for optimizer in self.optimizers.values():
+            split_groups(optimizer)
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if recipe.mixed_precision == "fp16" else None
-        if recipe.gradient_checkpointing:
-            checkpoint_activations(task.model, task.blocks)
         if recipe.compile:
             for player in task.players.values():
                 player.compile()
@@ -205,9 +226,11 @@ class Loop:
         if resume:
             self.resume(resume)
         average = self.train()
+        if self._unsharded is not None:
+            set_tensors(self._unsharded, all_tensors(average), "the model")
         if self.accelerator.is_main_process:
             try:
-                self.task.save(average, self.output_dir / "model")
+                self.task.save(self._unsharded or average, self.output_dir / "model")
             except OSError as error:
                 raise TrainingError(not_written("The finished model", self.output_dir, error)) from error
         self.accelerator.wait_for_everyone()
@@ -290,7 +313,7 @@ class Loop:
             group["lr"] = recipe.learning_rate_at(self.step) * group.get("share", 1.0)
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm or math.inf)
+        norm = clip_gradients(parameters, recipe.max_grad_norm or math.inf)
         if self.scaler is None:
             optimizer.step()
         else:
@@ -418,12 +441,14 @@ class Loop:
 
     def _validate(self) -> None:
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        main, result, pictures = self.accelerator.is_main_process, dict[str, float](), None
+        if main or self.recipe.shard:  # blocks that are shared out compute on all processes or on none
             model = self.averaged.eval()
             seed_everything(self.recipe.seed, self.step)
             with torch.no_grad():
                 result = self.task.validate(model, self.step)
                 pictures = self.task.samples(model, self.step)
+        if main:
             if result:
                 facts = {"step": self.step, "seconds": round(time.perf_counter() - self._started), **result}
                 tqdm.write(json.dumps(facts), file=sys.stderr)
@@ -478,13 +503,15 @@ class Loop:
     def save_checkpoint(self) -> None:
         """Write the checkpoint of this step, by the main process. TrainingError where it cannot be."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if main or self.recipe.shard:
             modules = {name: all_tensors(player) for name, player in self.task.players.items()}
             if self.average is not None:
                 modules[AVERAGE] = all_tensors(self.average.module)
-            training = {"optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            training = {"optimizers": whole({name: o.state_dict() for name, o in self.optimizers.items()}),
                         "scaler": None if self.scaler is None else self.scaler.state_dict(),
                         "task": self.task.state_dict()}
+        if main:
             state = {"position": self.position, "average_updates": self.average.updates if self.average else 0,
                      "processes": self.ranks, "recipe": asdict(self.recipe)}
             write_checkpoint(self.output_dir, self.step, modules, training, state, self.recipe.checkpoints_total_limit)
@@ -511,6 +538,7 @@ class Loop:
             set_tensors(player, modules[name], f"{path.name}/{name}")
             try:
                 self.optimizers[name].load_state_dict(training["optimizers"][name])
+                cut_optimizer_state(self.optimizers[name])
             except (ValueError, KeyError) as error:
                 raise TrainingError(f"The optimizer of {name!r} in {path} is of another model: {error}.") from error
         if self.average is not None:
@@ -575,6 +603,10 @@ def average_gradients(parameters: Sequence[nn.Parameter], bucket: int = 2**25) -
     """
     if not is_parallel():
         return [p for p in parameters if p.grad is not None]
+    cut = [p for p in parameters if is_sharded(p) and p.grad is not None]  # these are averages already
+    parameters = [p for p in parameters if not is_sharded(p)]
+    if not parameters:
+        return cut
     there = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
     used = [p for p, share in zip(parameters, mean_over_ranks(there).tolist(), strict=True) if share]
     start = 0
@@ -591,7 +623,7 @@ def average_gradients(parameters: Sequence[nn.Parameter], bucket: int = 2**25) -
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view(gradient.shape))
         start = end
-    return used
+    return used + cut
 
 
 def picture_grid(pictures: Tensor, columns: int | None = None) -> Tensor:

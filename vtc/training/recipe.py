@@ -63,6 +63,7 @@ class Recipe:
                           ("auto", "none", "tensorboard", "wandb", "all"))
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory")
     compile: bool = flag(False, "torch.compile the players")
+    shard: bool = flag(False, "share the weights of the model's blocks out over the processes (FSDP 2)")
     collapse_usage: float = flag(0.01, "a codebook of which a smaller share is used is said to have collapsed")
     stop_on_collapse: bool = flag(False, "stop then, instead of saying so")
 
@@ -102,7 +103,7 @@ class Recipe:
 
 #: flags that change what is seen of a run, and not its result
 _SEEN = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "report_to", "compile",
-         "gradient_checkpointing", "dataloader_num_workers", "collapse_usage", "stop_on_collapse")
+         "gradient_checkpointing", "shard", "dataloader_num_workers", "collapse_usage", "stop_on_collapse")
 
 
 def result_settings(recipe: Recipe) -> dict[str, Any]:
