@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -217,6 +218,19 @@ def test_calibration_failures_are_sentences(here: Path, models: Path, capsys: py
                            (["--model", str(models / "infinity")], "say what by --prompt")):
         assert calibrate_kv.main([*arguments, "--output", "kv.safetensors", "--quiet"]) == 1
         assert why in capsys.readouterr().err
+    assert tree(here) == []
+
+
+def test_an_estimate_draws_nothing_and_says_what_it_leaves_out(here: Path, run: Say,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safetensors.torch.load_file", pytest.fail)  # no weights are read
+    said = run("var", "-n", "9", "--batch_size", "4", "--kv", "hack:0.6+int8", "--estimate", "--json")
+    facts = json.loads(said.out)
+    assert (said.code, facts["batch_size"], facts["kv"]) == (0, 4, "hack:0.6+int8")
+    assert facts["total_bytes"] == facts["weights_bytes"] + facts["cache_peak_bytes"] + facts["activations_bytes"]
+    assert said.lines == ["hack needs a calibration; made on the way, that takes more memory than this."]
+    plain = run("var", "--class", "1", "--estimate")
+    assert plain.err == "" and re.fullmatch(rb".*, 1 at a time, full: weights [0-9.]+ MiB, cache .* MiB\n", plain.out)
     assert tree(here) == []
 
 

@@ -20,6 +20,7 @@ from vtc.cli.items import make_folder, stage_name
 from vtc.cli.plan import UsageError, check_folder
 from vtc.errors import ConfigError, FileError
 from vtc.files import write_file
+from vtc.generators.classes import CALIBRATION
 from vtc.generators.kv_cache.specs import POLICIES, STORAGES, PolicySpec, parse_policy, parse_storage
 from vtc.models import DEFAULT_GENERATOR
 
@@ -280,6 +281,9 @@ def _estimate(args: argparse.Namespace) -> int:
         batch = 1
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     found = estimate_memory(generator, batch, args.kv, sampling, guidance, dtype, height_to_width=args.aspect)
+    kept = args.calibration or (generator.folder and (generator.folder / CALIBRATION).is_file())
+    if args.kv.needs_calibration and not kept and not args.quiet:
+        say(f"{args.kv.name} needs a calibration; made on the way, that takes more memory than this.")
     if args.json:
         emit(json.dumps({"model": args.model, "kv": str(args.kv), "batch_size": batch, "dtype": args.dtype,
                          "weights_bytes": found.weights, "cache_peak_bytes": found.cache,
