@@ -293,6 +293,20 @@ def test_heatkv_drops_the_slices_of_the_least_interested_heads() -> None:
 # ---- single parts
 
 
+def test_hack_wastes_no_budget_while_structural_heads_have_all_there_is() -> None:
+    schedule = Schedule(tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), 1, 4, 2)
+    policy = HACK(((0, 1),), 127)  # contextual heads have 42 in the end, and structural ones 212
+    budgets = [[policy.of_kind(127, kind, schedule, seen) for kind in (True, False)] for seen in schedule.starts[1:10]]
+    assert budgets[:6] == [[seen, seen] for seen in schedule.starts[1:7]]
+    assert budgets[6:] == [[2 * 127 - 155, 155], [42, 212], [42, 212]]
+    cache, x = KVCache(schedule, policy), torch.randn(1, 4, 680, 2)
+    heard = watched(cache)
+    for step in range(10):
+        part = x[:, :, schedule.starts[step] : schedule.starts[step + 1]]
+        cache.attend(part, part, part, 0, step)
+    assert [kept for _, _, kept in heard[:9]] == [[c, c, s, s] for c, s in budgets]
+
+
 def test_h2o_scores_are_the_attention_received_so_far() -> None:
     torch.manual_seed(0)
     schedule = Schedule(((1, 1), (2, 2), (3, 3), (2, 2)), 1, 2, 4)

@@ -33,7 +33,8 @@ class HACK(KVPolicy):
     tokens: what is stored for later steps.
     attention: what a step attends to, its own keys included; the rest is dropped before the attention, which saves
         time too. HACK's published rates are of this kind: 1 - rho of the last step's keys.
-    contextual_share: a contextual head's budget over the mean; structural heads get what that leaves.
+    contextual_share: a contextual head's budget over the mean; structural heads get what that leaves, and where it is
+        more than all there is, as at small scales, the contextual ones get the rest.
     queries: attention is read from so many of a step's queries, evenly spaced.
     initial: scales at the start that structural heads never drop.
     merge: at the last step contextual heads average what they drop into what they keep.
@@ -63,18 +64,23 @@ class HACK(KVPolicy):
                               "on this model.")
         least = schedule.starts[min(self.initial, schedule.steps)] + 1
         for budget in (self.tokens, self.attention):
-            if budget is not None and self.of_kind(budget, False, schedule) < least:
+            if budget is not None and self.of_kind(budget, False, schedule, schedule.all_tokens) < least:
                 raise ConfigError(f"A mean budget of {budget} tokens leaves structural heads no room for the first "
                                   f"{self.initial} scales, {least - 1} tokens.")
 
-    def of_kind(self, mean: int, contextual: bool, schedule: Schedule) -> int:
-        """A head's budget when the mean over all heads is `mean`."""
-        of_contextual = max(1, int(self.contextual_share * mean))
-        if contextual:
-            return of_contextual
+    def of_kind(self, mean: int, contextual: bool, schedule: Schedule, seen: int) -> int:
+        """A head's budget when the mean over all heads is `mean` and there are `seen` tokens."""
+        if seen <= mean:
+            return seen
         total = schedule.layers * schedule.heads
         count = sum(map(len, self.contextual))
-        return mean if count == total else int((mean * total - of_contextual * count) / (total - count))
+        of_contextual = max(1, int(self.contextual_share * mean))
+        if count in (0, total):
+            return of_contextual if contextual else mean
+        of_structural = int((mean * total - of_contextual * count) / (total - count))
+        if of_structural > seen:
+            of_contextual, of_structural = (mean * total - seen * (total - count)) // count, seen
+        return of_contextual if contextual else of_structural
 
     def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
         contextual = sorted(self.contextual[layer])
@@ -82,8 +88,9 @@ class HACK(KVPolicy):
         return [_as_slice(kind) for kind in (contextual, structural) if kind]
 
     def budget(self, schedule: Schedule, layer: int, step: int) -> int:
-        limits = [self.of_kind(b, False, schedule) for b in (self.tokens, self.attention) if b is not None]
-        return min(*limits, schedule.starts[step + 1])
+        seen = schedule.starts[step + 1]
+        contextual = len(self.contextual[layer]) == schedule.heads  # all of this layer's
+        return min(self.of_kind(b, contextual, schedule, seen) for b in (self.tokens, self.attention) if b is not None)
 
     def attended(self, candidates: Candidates) -> Tensor | Merged | None:
         chosen = self._choose(candidates, self.attention)
@@ -98,7 +105,8 @@ class HACK(KVPolicy):
         if mean is None:
             return None
         contextual = self._is_contextual(candidates)
-        budget = self.of_kind(mean, contextual, candidates.schedule)
+        budget = self.of_kind(mean, contextual, candidates.schedule,
+                              candidates.schedule.starts[candidates.step + 1])
         if candidates.count <= budget:
             return None
         scores = candidates.attention(candidates.spaced_queries(self.queries)).sum(2)
