@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,12 @@ def test_twenty_steps_are_ten_a_kill_and_ten_to_the_bit(whole, tmp_path, capsys)
     assert validated[0] == validated[1]
 
 
-def test_sigterm_and_ctrl_c_write_a_checkpoint_first(whole, tmp_path):
+def test_sigterm_and_ctrl_c_write_a_checkpoint_first(whole, tmp_path, request):
+    def unused(*_: object) -> None:
+        raise AssertionError("the loop's handler comes first")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        request.addfinalizer(partial(signal.signal, number, signal.signal(number, unused)))
     for number, step in ((signal.SIGTERM, 7), (signal.SIGINT, 12)):
         class Told(Reverse):
             def before_step(self, now: int, at: int = step, number: int = number) -> None:
@@ -172,7 +178,7 @@ def test_sigterm_and_ctrl_c_write_a_checkpoint_first(whole, tmp_path):
         loop.resume("latest")
         with pytest.raises(Stopped, match=f"stopped at step {step} of 20, with a checkpoint") as stopped:
             loop.train()
-        assert stopped.value.signal == number and signal.getsignal(number) is not signal.SIG_IGN
+        assert stopped.value.signal == number and signal.getsignal(number) is unused
     loop = loop_in(tmp_path)
     loop.resume("latest")
     assert loop.step == 12

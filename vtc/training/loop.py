@@ -269,6 +269,10 @@ class Loop:
                         name = signal.Signals(stopped).name
                         raise Stopped(f"{name}: stopped at step {self.step} of {recipe.total_steps}, with a "
                                       "checkpoint; go on with --resume_from_checkpoint latest.", stopped)
+        except RuntimeError as error:  # torch tells of a dead reader by a signal, wherever the run is at that moment
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(_dead_worker(error, self.position)) from error
         finally:
             batches.close()
             self.accelerator.end_training() if self.accelerator.trackers else None
@@ -370,7 +374,11 @@ class Loop:
                 self.position += step
                 yield send_to_device(batch, self.accelerator.device, non_blocking=True)
         finally:
-            del source  # ends the workers
+            # End the readers at once: until a dead one is forgotten, torch's signal handler raises for it anywhere.
+            end = getattr(source, "_shutdown_workers", None)
+            if end is not None:
+                with contextlib.suppress(RuntimeError):
+                    end()
 
     def _loader(self, count: int) -> Iterable[Any]:
         recipe = self.recipe
@@ -577,7 +585,8 @@ class Loop:
         self._signal = 0
         with contextlib.suppress(ValueError):  # only the main thread may set handlers
             for each in (signal.SIGINT, signal.SIGTERM):
-                before[each] = signal.signal(each, ask)
+                if signal.getsignal(each) is not signal.SIG_IGN:  # a shell's background job does not hear Ctrl-C
+                    before[each] = signal.signal(each, ask)
         try:
             yield
         finally:
