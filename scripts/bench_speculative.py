@@ -72,8 +72,8 @@ def overlap(target: LlamaGen, draft: LlamaGen, tokenizer: Any, sampling: Samplin
                                 generators=seeded([label], labels.device))[0].indices[..., 0]
         both = torch.cat([labels, torch.full_like(labels, target.classes)]) if guidance.active else labels
         seen = words[:, :-1].expand(len(both), -1)
-        p, q = (torch.stack([sampling.probabilities(guidance(m(both, seen)[:, i], i, m.tokens))[0]
-                             for i in range(m.tokens)]) for m in (target, draft))
+        p, q = (torch.stack([sampling.probabilities(guidance(logits[:, i], i, target.tokens))[0]
+                             for i in range(target.tokens)]) for logits in (target(both, seen), draft(both, seen)))
         kept.append(torch.minimum(p, q).sum(-1).mean().item())
     return statistics.mean(kept)
 
