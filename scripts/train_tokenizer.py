@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from vtc.errors import ConfigError
 from vtc.training.recipe import NameValue, add_recipe_flags, parse_recipe_args, recipe_from
@@ -86,7 +86,8 @@ def model_of(args: argparse.Namespace) -> Tokenizer:
     else:
         model = make_tokenizer(args.model, args.model_args | size)
     if args.stage2 and hasattr(model, "to_generative") and not getattr(model, "generative", True):
-        model = model.to_generative()
+        stage1: Any = model
+        model = stage1.to_generative()
     return model
 
 
@@ -109,7 +110,8 @@ def train(args: argparse.Namespace) -> None:
         count = min(len(held_out), recipe.validation_limit or len(held_out))
         files = [held_out.read(n) for n in range(count)]
         validation = [load_image(file, name=key).tensor() for key, _, file in files]
-    perceptual = LPIPS(recipe.perceptual_backbone, args.lpips_weights) if recipe.perceptual_weight else None
+    perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
+        recipe.perceptual_weight) else None
     judge = LPIPS("alex", args.lpips_weights) if validation else None
     task = TokenizerTask(model, recipe, perceptual, judge, validation)
     crops = RandomCrops(pictures, recipe.resolution, recipe.seed, recipe.min_scale)

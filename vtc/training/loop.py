@@ -383,7 +383,7 @@ class Loop:
     def _loader(self, count: int) -> Iterable[Any]:
         recipe = self.recipe
         if not hasattr(self.data, "__getitem__"):
-            return self.data(self.position, count)  # type: ignore[operator]
+            return self.data(self.position, count)
         dataset = cast(Dataset[Any], self.data)
         whole = bool(getattr(dataset, "whole_batches", False))
         size = None if whole else recipe.train_batch_size

@@ -160,10 +160,9 @@ class TokenizerTask(Task):
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
-    def losses(self, player: str, batch: Tensor, step: int) -> dict[str, Tensor]:
-        """batch: (B, 3, S, S) uint8."""
-        if isinstance(batch, tuple | list):  # with labels
-            batch = batch[0]
+    def losses(self, player: str, batch: Tensor | Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        """batch: (B, 3, S, S) uint8, or these and their labels."""
+        batch = batch if isinstance(batch, Tensor) else batch[0]
         images = (batch.float() / 255).contiguous(memory_format=torch.channels_last)
         return self._model_losses(images, step) if player == "model" else self._critic_losses(images, step)
 
@@ -270,15 +269,16 @@ class TokenizerTask(Task):
         self._warm.append(z[:: max(1, len(z) // share)].clone())
 
     def _start_codebook(self, latents: Tensor) -> None:
+        quantizer: Any = self.quantizer
         if not isinstance(self.quantizer, MultiScaleQuantizer):
-            self.quantizer.start_from(latents)
+            quantizer.start_from(latents)
             return
         # A pyramid's words stand for means of the map first, and then for what they left over.
         maps = latents
         sizes = [(rows, columns) for rows, columns in self._grids(maps)]
         means = [resize_area(maps, size).flatten(2).transpose(1, 2).flatten(0, 1) for size in sizes]
-        self.quantizer.start_from(torch.cat(means))
-        self.quantizer.start_from(self.quantizer.residuals(maps, sizes).flatten(0, 1))
+        quantizer.start_from(torch.cat(means))
+        quantizer.start_from(quantizer.residuals(maps, sizes).flatten(0, 1))
 
     def _grids(self, maps: Tensor) -> Sequence[tuple[int, int]]:
         model = cast(MultiScaleTokenizer, self.tokenizer)
