@@ -322,7 +322,8 @@ def checks(args: argparse.Namespace) -> None:
     found["plain_pictures"] = len(plain_words)
     budget = {}
     for name, kind in POLICIES.items():
-        if kind.amount == "tokens" and name != "pyramidkv":  # its late layers get less, whatever the mean
+        # PyramidKV's late layers and Ada-KV's heads of little need get less, whatever the mean.
+        if kind.amount == "tokens" and name not in ("pyramidkv", "adakv"):
             policy = kind.make(schedule, schedule.stored_tokens, {}, calibration)
             budget[name] = share_equal(full.indices, draw(raw, labels, seeds, KVCache(schedule, policy)).indices)
     found["budget_of_everything_same"] = budget

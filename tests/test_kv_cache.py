@@ -274,6 +274,16 @@ def test_budgets_solved_from_the_mean_are_the_released_ones() -> None:
             assert 649 <= (count * drafter + (layers - count) * refiner) / layers <= 650
 
 
+def test_refiners_keep_a_share_where_drafters_would_leave_them_their_windows() -> None:
+    schedule = Schedule(((1, 1), (20, 20), (25, 1)), 6, 2, 4)
+    drafters = ((), (4,), ())
+    assert ScaleKV(drafters, 42).budgets(schedule, 1) == (42 * 6 - 5 * 22, 16 + 26 // 4)
+    assert ScaleKV(drafters, 42, refiner_share=0).budgets(schedule, 1) == (42 * 6 - 5 * 16, 16)
+    assert ScaleKV(drafters, 42, compat="upstream").budgets(schedule, 1) == (42 * 6 - 5 * 16, 16)
+    with pytest.raises(ConfigError, match="refiner share"):
+        ScaleKV(drafters, 42, refiner_share=1.5)
+
+
 def test_heatkv_drops_the_slices_of_the_least_interested_heads() -> None:
     schedule = Schedule(((1, 1), (2, 2), (3, 3), (4, 4), (5, 5)), 1, 4, 2)
     scores = tuple(tuple(float((h * 3 + s * 2) % 4) for s in range(5)) for h in range(4))

@@ -33,6 +33,9 @@ class ScaleKV(KVPolicy):
     refiner_start, refiner_step: None: refiners get what drafters that keep everything leave. Else the paper's line:
         refiner_start - refiner_step * k after scale k (from 0), and the drafters what that leaves.
     window: queries that judge, whose own keys always stay. pool: side of the neighbourhood that scores are pooled over.
+    refiner_share: of what the mean budget has beyond the window, the least that refiners get before drafters keep
+        everything. The released budgets go down to 0.29; without a least, a drafter among few layers leaves the others
+        nothing but their windows.
     """
 
     drafters: tuple[tuple[int, ...], ...]
@@ -42,9 +45,12 @@ class ScaleKV(KVPolicy):
     window: int = 16
     pool: int = 5
     compat: Literal["upstream"] | None = None
+    refiner_share: float = 0.25
 
     def __post_init__(self) -> None:
         check_budget(self.tokens, self.window, "the keys of the window")
+        if not 0 <= self.refiner_share <= 1:
+            raise ConfigError(f"ScaleKV's refiner share is from 0 to 1, not {self.refiner_share}.")
         if self.pool < 1 or self.pool % 2 == 0 or self.window < 1 or self.compat not in (None, "upstream"):
             raise ConfigError(f'ScaleKV takes an odd pool, a window and compat None or "upstream", not {self}.')
 
@@ -64,7 +70,8 @@ class ScaleKV(KVPolicy):
         if count == layers:
             return self.tokens, self.tokens
         if self.refiner_start is None:
-            refiner = (self.tokens * layers - count * seen) // (layers - count)
+            least = 0 if self.compat else self.window + int(self.refiner_share * (self.tokens - self.window))
+            refiner = max((self.tokens * layers - count * seen) // (layers - count), least)
         else:
             refiner = self.refiner_start - self.refiner_step * step
         refiner = min(max(refiner, self.window), self.tokens)
