@@ -18,6 +18,7 @@ from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.specs import parse_policy
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.generators.var import VAR
+from vtc.tokenizers.layers import MultiScaleTokenizer
 
 bench = import_module("scripts.bench_generation")
 LABELS = torch.tensor([1, 3])
@@ -27,7 +28,7 @@ LABELS = torch.tensor([1, 3])
 def test_the_plain_form_draws_the_same_pictures_and_stores_all(sampling: Sampling) -> None:
     made = tiny_var()
     model, guidance = made.model, Guidance(2.0, ramp=True)
-    assert isinstance(model, VAR)
+    assert isinstance(model, VAR) and isinstance(made.tokenizer, MultiScaleTokenizer)
     words, images, nbytes = bench.PlainVAR(model).generate(LABELS, made.tokenizer, sampling, guidance,
                                                            torch.Generator().manual_seed(1))
     cache = KVCache(model.schedule())
@@ -51,7 +52,8 @@ def test_bytes_of_the_published_shapes_are_the_papers() -> None:
 
 def test_a_policy_that_is_timed_chooses_the_same() -> None:
     made = tiny_var()
-    schedule, model = made.model.schedule(), made.model  # type: ignore[union-attr]
+    assert isinstance(made.model, VAR)
+    schedule, model = made.model.schedule(), made.model
     calibration = bench.random_calibration(model)
     for word in ("h2o:0.5", "hack:0.5", "full"):
         policy, storage = parse_policy(word).build(schedule, calibration)
@@ -117,7 +119,8 @@ def test_settings_are_drawn_batch_by_batch_and_reported(evaluate: Any, monkeypat
         evaluate.main(["draw", *common, *settings, "--share", share])
     lines = evaluate.lines_of(work, "hack:0.5")
     assert [line["batch"] for line in lines] == [0, 1, 2]
-    schedule = made.model.schedule()  # type: ignore[union-attr]
+    assert isinstance(made.model, VAR)
+    schedule = made.model.schedule()
     assert evaluate.lines_of(work, "full")[0]["bytes"] == schedule.kv_bytes(30, 2, 4)
     assert lines[0]["bytes"] <= schedule.kv_bytes(15, 2, 4)
     assert len(lines[0]["seconds"]) == schedule.steps + 1

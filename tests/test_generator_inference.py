@@ -36,7 +36,7 @@ def model() -> VAR:
     made = VAR(2, 64, 4, classes=5, codebook_size=16, code_dim=4, sides=SIDES)
     with torch.no_grad():
         for block in made.blocks:
-            block.adaptive.weight.normal_(0, 0.1)  # type: ignore[union-attr]
+            block.adaptive.weight.normal_(0, 0.1)  # type: ignore[union-attr,operator]
         made.head.weight.normal_(0, 0.3)
     return made
 

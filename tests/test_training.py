@@ -3,6 +3,7 @@
 import math
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ QUANTIZER_ARGS = {
     "product": {"quantizers": [{"quantizer": "vq", **VQ}, {"quantizer": "lfq", "bits": 2}]},
     "residual": {"quantizers": [{"quantizer": "gradient_vq", **VQ}, {"quantizer": "gradient_vq", **VQ}]},
     "multi_scale_vq": {**VQ, "scales": [1, 2, 4], "phis": 2}, "multi_scale_bsq": {"dim": 4, "scales": [1, 2, 4]}}
-MODEL_ARGS = {
+MODEL_ARGS: dict[str, dict[str, Any]] = {
     "local_vq": {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8, 8], "encoder_depths": [1, 1, 1],
                  "decoder_widths": [8, 8, 8, 8], "decoder_depths": [1, 1, 1, 1], "thin": 4},
     "pyramid_vq": {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8], "encoder_depths": [1, 1],

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ class Sharded(Reverse):
 def train(folder: Path, batch: int) -> None:
     """A linear layer with a discriminator; tokenizers with an EMA codebook and with entropies, both with a GAN."""
     accelerator = Accelerator(cpu=True)
-    small = dict(train_batch_size=batch, max_train_steps=STEPS, lr_warmup_steps=0)
+    small: dict[str, Any] = dict(train_batch_size=batch, max_train_steps=STEPS, lr_warmup_steps=0)
     loop_in(folder / "reverse", task=Reverse(noise=0.0), **small).train()
     # stopped half-way: whole tensors in a checkpoint, cut again after it
     shard = accelerator.num_processes > 1
@@ -53,10 +54,10 @@ def train(folder: Path, batch: int) -> None:
                           discriminator_layers=2, learning_rate=1e-3, gradient_accumulation_steps=2, logging_steps=2)
         model = make_tokenizer(name, MODEL_ARGS[name])
         # dead words are revived by latents of the first process, which one process has not alone
-        model.quantizer.dead_below = 0.0
+        model.quantizer.dead_below = 0.0  # type: ignore[union-attr]
         task = TokenizerTask(model, settings)
         # Adam divides by gradients that may be rounding alone; plain steps show the gradients themselves
-        task.optimizer = lambda player, recipe, task=task: torch.optim.SGD(  # type: ignore[method-assign]
+        task.optimizer = lambda player, recipe, task=task: torch.optim.SGD(  # type: ignore[method-assign,misc]
             task.parameter_groups(player, recipe), lr=1.0)
         Loop(task, settings, accelerator, Pictures(), folder / name).train()
 
