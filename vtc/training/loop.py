@@ -367,6 +367,8 @@ class Loop:
                                         "data without end.") from None
                 except VtcError as error:
                     raise TrainingError(_original(error)) from error
+                except (ConnectionError, EOFError) as error:  # it died while its last batch was fetched
+                    raise TrainingError(_dead_worker(error, self.position)) from error
                 except RuntimeError as error:
                     if "DataLoader" not in str(error):
                         raise
@@ -651,9 +653,9 @@ def _original(error: BaseException) -> str:
     return lines[-1].partition("Error: ")[2] or lines[-1] if lines else type(error).__name__
 
 
-def _dead_worker(error: RuntimeError, position: int) -> str:
+def _dead_worker(error: Exception, position: int) -> str:
     """One sentence on a data worker that is gone."""
-    text = " ".join(str(error).split()).rstrip(".")
+    text = " ".join(str(error).split()).rstrip(".") or "it closed its pipe"
     return (f"A process that reads data died near sample {position}: {text}. Often memory ran out: take fewer "
             "--dataloader_num_workers, then go on with --resume_from_checkpoint latest.")
 
