@@ -37,25 +37,18 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace) -> None:
-    from vtc.images import load_image
     from vtc.models import load_tokenizer
     from vtc.tokenizers.discriminators import PatchGAN
     from vtc.tokenizers.lpips import LPIPS
     from vtc.training.codebook_task import CodebookTask, CodebookTaskRecipe, clustered
-    from vtc.training.data import RandomCrops
+    from vtc.training.data import RandomCrops, validation_pictures
     from vtc.training.loop import Loop, make_accelerator, seed_everything
-    from vtc.training.sources import open_pictures
 
     recipe = recipe_from(CodebookTaskRecipe, args)
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
     model = clustered(load_tokenizer(args.model), args.codebook_size, args.weighted, recipe.seed)
-    validation = []
-    if args.validation_data_dir:
-        held_out = open_pictures(args.validation_data_dir, args.validation_split)
-        for n in range(min(len(held_out), recipe.validation_limit or len(held_out))):
-            key, _, file = held_out.read(n)
-            validation.append(load_image(file, name=key).tensor())
+    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
     backbone = cast(Any, recipe.perceptual_backbone)
     perceptual = LPIPS(backbone, args.lpips_weights) if recipe.perceptual_weight else None
     size = recipe.discriminator_channels, recipe.discriminator_layers

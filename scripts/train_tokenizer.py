@@ -92,11 +92,9 @@ def model_of(args: argparse.Namespace) -> Tokenizer:
 
 
 def train(args: argparse.Namespace) -> None:
-    from vtc.images import load_image
     from vtc.tokenizers.lpips import LPIPS
-    from vtc.training.data import RandomCrops
+    from vtc.training.data import RandomCrops, validation_pictures
     from vtc.training.loop import Loop, make_accelerator, seed_everything
-    from vtc.training.sources import open_pictures
     from vtc.training.tokenizer import TokenizerTask
 
     recipe = recipe_from(TokenizerRecipe, args)
@@ -104,12 +102,7 @@ def train(args: argparse.Namespace) -> None:
     seed_everything(recipe.seed)
     model = model_of(args)
     pictures = pictures_of(args)
-    validation = []
-    if args.validation_data_dir:
-        held_out = open_pictures(args.validation_data_dir, args.validation_split)
-        count = min(len(held_out), recipe.validation_limit or len(held_out))
-        files = [held_out.read(n) for n in range(count)]
-        validation = [load_image(file, name=key).tensor() for key, _, file in files]
+    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
     perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
         recipe.perceptual_weight) else None
     judge = LPIPS("alex", args.lpips_weights) if validation else None

@@ -132,21 +132,13 @@ def task_of(args: argparse.Namespace, recipe: VAERecipe, validation: list[Tensor
 
 
 def train(args: argparse.Namespace) -> None:
-    from vtc.training.data import RandomCrops
+    from vtc.training.data import RandomCrops, validation_pictures
     from vtc.training.loop import Loop, make_accelerator, seed_everything
-    from vtc.training.sources import open_pictures
 
     recipe = recipe_from(OBJECTIVES[args.objective], args)
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
-    validation = []
-    if args.validation_data_dir:
-        from vtc.images import load_image
-
-        held_out = open_pictures(args.validation_data_dir, args.validation_split)
-        for n in range(min(len(held_out), recipe.validation_limit or len(held_out))):
-            key, _, file = held_out.read(n)
-            validation.append(load_image(file, name=key).tensor())
+    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
     crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
     task = task_of(args, recipe, validation)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)

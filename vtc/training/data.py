@@ -20,14 +20,24 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vtc.errors import ConfigError, TrainingError, first_sentence
-from vtc.training.sources import IMAGE_SUFFIXES, FolderPictures, Pictures, image_files
+from vtc.images import load_image
+from vtc.training.sources import IMAGE_SUFFIXES, FolderPictures, Pictures, image_files, open_pictures
 
-__all__ = ["IMAGE_SUFFIXES", "Numbering", "RandomCrops", "image_files"]
+__all__ = ["IMAGE_SUFFIXES", "Numbering", "RandomCrops", "image_files", "validation_pictures"]
 
 log = logging.getLogger(__name__)
 
 #: pictures in a row that may be broken before a run gives up
 PATIENCE = 100
+
+
+def validation_pictures(where: str | Path | None, split: str, limit: int = 0) -> list[Tensor]:
+    """The first `limit` whole pictures of a source, or all for 0, each (3, H, W) in [0, 1]; none of no source."""
+    if not where:
+        return []
+    pictures = open_pictures(where, split)
+    read = (pictures.read(n) for n in range(min(len(pictures), limit or len(pictures))))
+    return [load_image(file, name=key).tensor() for key, _, file in read]
 
 
 class Numbering:
