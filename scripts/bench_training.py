@@ -1,12 +1,14 @@
 """Speed and memory of training steps, and whether the data keeps up with them.
 
     python scripts/bench_training.py --train_data_dir photos/ --output docs/results/training_speed.md
+    python scripts/bench_training.py --train_data_dir photos/ --threads 1 2                       # of a CPU
     python scripts/bench_training.py --train_data_dir photos/ --case vae --peak_tflops 989        # on an H100
 
 Three cases: a tokenizer (LocalVQ), an autoencoder with a discriminator (AutoencoderKL), a generator (VAR on tokens);
-larger ones where there is a GPU. Each runs in a process of its own, twice: on batches in memory, and on real pictures
-as a training reads them. Steps are taken as they are in `vtc.training.loop`, and the median counts. Operations are
-counted by torch (a multiplication and an addition are two); their share of the peak needs --peak_tflops or a known GPU.
+larger ones where there is a GPU. Each runs in a process of its own, once for every number of --threads: first on
+batches in memory, then on real pictures as a training reads them, then the readers alone. Steps are taken as they are
+in `vtc.training.loop`, and the median counts. Operations are counted by torch (a multiplication and an addition are
+two); their share of the peak needs --peak_tflops or a known GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", required=True, help="pictures, as for a training")
     parser.add_argument("--case", choices=CASES, nargs="+", default=list(CASES))
-    parser.add_argument("--steps", type=int, default=10, help="that are measured, after as many that are not")
+    parser.add_argument("--steps", type=int, default=8, help="that are measured")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--threads", type=int, nargs="+", help="of torch; a row for each; default: as torch has it")
     parser.add_argument("--workers", type=int, default=1, help="processes that read pictures")
     parser.add_argument("--tiny", action="store_true", help="networks and batches for a test of this script")
     parser.add_argument("--peak_tflops", type=float, help="of the device, in the precision of the steps")
@@ -46,21 +50,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.worker:
         print(json.dumps(measure(args)))
         return 0
-    results = []
+    if min(args.steps, args.warmup + 1, args.workers + 1, *(args.threads or [1])) < 1:
+        print("bench_training: --steps and --threads are at least 1, --warmup and --workers at least 0.",
+              file=sys.stderr)
+        return 2
+    results: list[dict[str, Any]] = []
+    failed = False
     for case in args.case:
-        command = [sys.executable, __file__, "--worker", case, "--train_data_dir", args.train_data_dir, "--steps",
-                   str(args.steps), "--workers", str(args.workers), *(["--tiny"] if args.tiny else [])]
-        made = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"VTC_QUIET": "1"})
-        if made.returncode:
-            print(f"bench_training: the case {case} failed.", file=sys.stderr)
-            return 1
-        results.append(json.loads(made.stdout.splitlines()[-1]))
-    text = page(results, args)
-    if args.output:
-        args.output.write_text(text)
-    else:
-        print(text)
-    return 0
+        for threads in args.threads or [None]:
+            command = [sys.executable, __file__, "--worker", case, "--train_data_dir", args.train_data_dir, "--steps",
+                       str(args.steps), "--warmup", str(args.warmup), "--workers", str(args.workers),
+                       *(["--tiny"] if args.tiny else []), *(["--threads", str(threads)] if threads else [])]
+            setting = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+            made = subprocess.run(command, stdout=subprocess.PIPE, text=True,
+                                  env=os.environ | setting | {"VTC_QUIET": "1"})
+            if made.returncode:
+                print(f"bench_training: the case {case} failed.", file=sys.stderr)
+                failed = True
+                continue
+            results.append(json.loads(made.stdout.splitlines()[-1]))
+    if results:
+        text = page(results, args)
+        if args.output:
+            args.output.write_text(text)
+        else:
+            print(text)
+    return int(failed)
 
 
 # ---- one case, in a process of its own ------------------------------------------------------------------------------
@@ -76,6 +91,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     from vtc.training.loop import Loop
 
     gpu = torch.cuda.is_available()
+    if args.threads:
+        torch.set_num_threads(args.threads[0])
     task, recipe, memory_data, real_data = case_of(args, gpu)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=not gpu)
     rows: dict[str, Any] = {}
@@ -96,7 +113,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
             loop.train()
             task.before_step = before
-        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks[args.steps :], marks[args.steps + 1 :], strict=False)]
+        counted = marks[args.warmup :]
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counted, counted[1:], strict=False)]
         rows[name] = statistics.median(wall for wall, _ in steps)
         rows[f"{name}_cpu"] = statistics.median(cpu for _, cpu in steps)
     rows["gib"] = (torch.cuda.max_memory_allocated() / 2**30 if gpu
@@ -140,8 +158,8 @@ def case_of(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any, Any, Any]:
     from vtc.training.sources import open_pictures
 
     torch.manual_seed(0)
-    common: dict[str, Any] = dict(max_train_steps=2 * args.steps + 1, checkpointing_steps=10**9, validation_steps=0,
-                                  logging_steps=10**9, report_to="none", dataloader_num_workers=args.workers,
+    common: dict[str, Any] = dict(max_train_steps=args.warmup + args.steps + 1, validation_steps=0,
+                                  checkpointing_steps=10**9, logging_steps=10**9, report_to="none", dataloader_num_workers=args.workers,
                                   mixed_precision="bf16" if gpu else "no", lr_warmup_steps=0)
     pictures = open_pictures(args.train_data_dir)
     if args.worker == "tokenizer":
@@ -236,24 +254,27 @@ def page(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
     first = results[0]
     peak = args.peak_tflops or next((value for name, value in PEAKS.items() if name in first["device"]), None)
     lines = ["# Speed of training steps", "",
-             f"`python scripts/bench_training.py --steps {args.steps} --workers {args.workers}` on {first['device']}, "
-             f"{first['threads']} torch threads, torch {first['torch']}, precision {first['precision']}; medians of "
-             f"{first['steps']} steps after {args.steps}. A step: all players forward and backward, clipping, AdamW, "
-             "the average of the weights. \"Loader\": the pictures that the same reader processes give when nobody "
-             "computes beside them. \"Readers needed\": processor seconds that reading a batch takes, over the seconds "
-             "of a step: below 1, one process keeps up.", "",
-             "| | batch | step (s) | its CPU seconds | images/s, data in memory | images/s, real data | "
-             "loader, images/s | reading a batch, CPU seconds | readers needed | memory (GiB) | TFLOP a step | "
+             f"`python scripts/bench_training.py --steps {args.steps} --warmup {args.warmup} --workers {args.workers}"
+             f"{' --threads ' + ' '.join(map(str, args.threads)) if args.threads else ''}` on {first['device']}, "
+             f"torch {first['torch']}, precision {first['precision']}; medians of {first['steps']} steps after "
+             f"{args.warmup}. A step: all players forward and backward, clipping, AdamW, the average of the weights. "
+             "\"Images/s\" are of the wall: a batch over the median step. \"Loader\": the samples that the same "
+             f"{args.workers} reader processes give when nobody computes beside them, and how often that is what the "
+             "steps take; above 1, data are not the bottleneck. \"Readers needed\": processor seconds that reading a "
+             "batch takes, over the seconds of a step.", "",
+             "| | threads | batch | step (s) | its CPU seconds | images/s, data in memory | images/s, real data | "
+             "loader, images/s | loader over step | readers needed | memory (GiB) | TFLOP a step | GFLOP/s | "
              "share of peak |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+             "|---|" + "---|" * 13]
     for r in results:
         speed, real = r["batch"] / r["memory"], r["batch"] / r["pictures"]
         share = f"{r['flops'] / 1e12 / r['memory'] / peak:.1%}" if peak else "peak unknown"
         # on a processor that others use as well, its own seconds say more than the wall's
         step = r["memory"] if r["device"] != "cpu" else r["memory_cpu"]
-        lines.append(f"| {r['what']} ({r['parameters'] / 1e6:.1f} M) | {r['batch']} | {r['memory']:.3f} | "
-                     f"{r['memory_cpu']:.3f} | {speed:.1f} | {real:.1f} | {r['loader']:.1f} | {r['reading_cpu']:.3f} | "
-                     f"{r['reading_cpu'] / step:.3f} | {r['gib']:.2f} | {r['flops'] / 1e12:.3f} | {share} |")
+        lines.append(f"| {r['what']} ({r['parameters'] / 1e6:.1f} M) | {r['threads']} | {r['batch']} | "
+                     f"{r['memory']:.3f} | {r['memory_cpu']:.3f} | {speed:.2f} | {real:.2f} | {r['loader']:.0f} | "
+                     f"{r['loader'] / speed:.1f} | {r['reading_cpu'] / step:.3f} | {r['gib']:.2f} | "
+                     f"{r['flops'] / 1e12:.3f} | {r['flops'] / 1e9 / r['memory']:.0f} | {share} |")
     return "\n".join(lines) + "\n"
 
 

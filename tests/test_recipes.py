@@ -175,12 +175,12 @@ def test_a_tokenizer_without_a_codebook_between_convolutions_is_refused():
 @pytest.mark.parametrize("case", ["vae", "generator"])
 def test_a_case_of_the_benchmark_is_measured_and_written_up(photographs, case):
     bench = import_module("scripts.bench_training")
-    args = bench.parse_args(["--train_data_dir", str(photographs), "--tiny", "--steps", "1", "--workers", "0",
-                             "--worker", case, "--peak_tflops", "1"])
+    args = bench.parse_args(["--train_data_dir", str(photographs), "--tiny", "--steps", "1", "--warmup", "0",
+                             "--workers", "0", "--threads", "1", "--worker", case, "--peak_tflops", "1"])
     result = bench.measure(args)
     numbers = ("memory", "pictures", "loader", "reading_cpu", "gib", "flops", "parameters")
     assert min(result[name] for name in numbers) > 0
     result |= {"memory": 0.5, "memory_cpu": 0.4, "batch": 4, "reading_cpu": 0.1, "flops": 2e11, "device": "cpu"}
     row = bench.page([result], args).splitlines()[-1]
-    assert "| 8.0 |" in row and "| 0.250 |" in row
+    assert "| 8.00 |" in row and "| 0.250 |" in row
     assert row.endswith("| 40.0% |")  # 0.2 TFLOP in half a second, where 1 TFLOP/s is the peak
