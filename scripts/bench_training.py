@@ -158,9 +158,9 @@ def case_of(args: argparse.Namespace, gpu: bool) -> tuple[Any, Any, Any, Any]:
     from vtc.training.sources import open_pictures
 
     torch.manual_seed(0)
-    common: dict[str, Any] = dict(max_train_steps=args.warmup + args.steps + 1, validation_steps=0,
-                                  checkpointing_steps=10**9, logging_steps=10**9, report_to="none", dataloader_num_workers=args.workers,
-                                  mixed_precision="bf16" if gpu else "no", lr_warmup_steps=0)
+    common: dict[str, Any] = dict(max_train_steps=args.warmup + args.steps + 1, validation_steps=0, lr_warmup_steps=0,
+                                  checkpointing_steps=10**9, logging_steps=10**9, report_to="none",
+                                  dataloader_num_workers=args.workers, mixed_precision="bf16" if gpu else "no")
     pictures = open_pictures(args.train_data_dir)
     if args.worker == "tokenizer":
         from vtc.tokenizers.local_vq import LocalVQ
