@@ -2,7 +2,7 @@
 
     python scripts/evaluate_kv.py draw --model var-tiny-128 --images tiny.npz --weights weights/ --work_dir runs/kv \\
         --settings full hack:0.3 scalekv:0.3 streaming:0.3 --samples 2000
-    python scripts/evaluate_kv.py report --work_dir runs/kv --images tiny.npz --weights weights/ --output docs/results
+    python scripts/evaluate_kv.py report --work_dir runs/kv --images tiny.npz --weights weights/ --output docs/results/kv
     python scripts/evaluate_kv.py checks --model var-tiny-128 --work_dir runs/kv
 
 draw: every setting (a word of `vtc.generators.kv_cache.specs`) draws the same pictures, number i from seed i, class by
@@ -10,7 +10,7 @@ turn; `full` comes first, the others are held against it. A batch that is done i
 a file of features beside it, and is not done again; `--share 0/2` and `--share 1/2` are two processes at work together.
 checks: the last scale's keys are not needed, a budget of everything changes nothing, and how often storage in fewer
 bits changes a word: by pictures drawn freely, and word by word over the full cache's pictures ("forced").
-report: tables, a plot, and a sheet of the same pictures under each policy: kv_policies.md, .json, .svg, .jpg.
+report: tables, a plot, and a sheet of the same pictures under each policy: tables.md, rows.json, plot.svg, sheet.jpg.
 
 Frechet distances fall with the number of pictures; where a setting has fewer than the full cache, the full cache's
 distance at that number stands beside it.
@@ -439,7 +439,7 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def sheet(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The first pictures under each setting, one a row: kv_policies.jpg; the settings, from the top."""
+    """The first pictures under each setting, one a row: sheet.jpg; the settings, from the top."""
     names, pictures = [], []
     for setting in rows:
         path = at(args.work_dir, setting, 0)
@@ -447,26 +447,43 @@ def sheet(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> list[str
             names.append(setting)
             pictures.append(torch.from_numpy(np.load(path)["images"])[:SHEET])
     if pictures:
-        save_image(picture_grid(as_floats(torch.cat(pictures)), columns=SHEET), args.output / "kv_policies.jpg")
+        save_image(picture_grid(as_floats(torch.cat(pictures)), columns=SHEET), args.output / "sheet.jpg")
     return names
 
 
-def claims(rows: dict[str, dict[str, Any]]) -> list[str]:
-    """HACK and ScaleKV beside a window and StreamingLLM, by every measure, with a verdict each."""
-    lines = []
-    measures = (("fd_alexnet_to_held_out", True), ("class_accuracy", False), ("lpips", True),
-                ("forced_divergence", True))
-    for budget in (0.3, 0.1):
-        for ours in ("hack:{}", "scalekv:{}"):
-            for theirs in (WINDOW, "streaming:{}"):
-                a, b = rows.get(ours.format(budget)), rows.get(theirs.format(budget))
-                if a is None or b is None:
-                    continue
-                verdicts = [f"{key.replace('fd_alexnet_to_held_out', 'FD').replace('_', ' ')} "
-                            f"{'better' if (a[key] < b[key]) == low else 'worse'} ({a[key]:.4g} and {b[key]:.4g})"
-                            for key, low in measures if key in a and key in b]
-                lines.append(f"- {ours.format(budget)} beside {name_of(theirs.format(budget))}: {'; '.join(verdicts)}.")
-    return lines
+def paired(work: Path, ours: str, theirs: str) -> dict[str, np.ndarray] | None:
+    """Of the pictures that both settings drew, what of theirs exceeds ours: (N,) by measure; None: no picture."""
+    batches = [{line["batch"] for line in lines_of(work, setting)} for setting in (ours, theirs)]
+    loaded = [[np.load(at(work, setting, b)) for setting in (ours, theirs)] for b in sorted(batches[0] & batches[1])]
+    return {key: np.concatenate([b[key].astype(float) - a[key].astype(float) for a, b in loaded])
+            for key in ("lpips", "psnr", "correct")} if loaded else None
+
+
+def claims(rows: dict[str, dict[str, Any]], work: Path) -> str:
+    """HACK and ScaleKV beside a window and StreamingLLM, in Markdown; pairs of pictures with the same seed.
+
+    LPIPS, PSNR and class accuracy stand with the mean difference in its own standard errors; above two it is no chance.
+    """
+    lines = ["| ours | beside | pictures | divergence | LPIPS | PSNR dB | class accuracy | FD to held-out |",
+             "|---|---|--:|---|---|---|---|---|"]
+    for budget in BUDGETS:
+        for ours, theirs in ((f.format(budget), g.format(budget)) for f in ("hack:{}", "scalekv:{}")
+                             for g in (WINDOW, "streaming:{}")):
+            if ours not in rows or theirs not in rows or not (found := paired(work, ours, theirs)):
+                continue
+            a, b = rows[ours], rows[theirs]
+            cells = [str(len(found["lpips"])), both(a, b, "forced_divergence", ".4f")]
+            for key, form, better in (("lpips", ".4f", 1), ("psnr", ".2f", -1), ("correct", ".3f", -1)):
+                error = found[key].std() / math.sqrt(len(found[key]))
+                gain = better * found[key].mean() / error if error else 0.0
+                cells.append(f"{both(a, b, 'class_accuracy' if key == 'correct' else key, form)} ({gain:+.1f} s.e.)")
+            cells.append(both(a, b, "fd_alexnet_to_held_out", ".2f"))
+            lines.append(f"| {ours} | {name_of(theirs)} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", "Standard errors are positive where ours is better.", ""])
+
+
+def both(a: dict[str, Any], b: dict[str, Any], key: str, form: str) -> str:
+    return f"{a[key]:{form}}, {b[key]:{form}}" if key in a and key in b else ""
 
 
 def report(args: argparse.Namespace) -> None:
@@ -475,17 +492,17 @@ def report(args: argparse.Namespace) -> None:
     rows = measured(args, judge)
     if "full" not in rows:
         raise FileError(f"There are no pictures of the full cache in {args.work_dir}: draw them first.")
-    plot(rows, args.output / "kv_policies.svg")
+    plot(rows, args.output / "plot.svg")
     names = sheet(args, rows)
     exact_file = args.work_dir / "checks.json"
     exact = json.loads(exact_file.read_text()) if exact_file.is_file() else {}
     result = {"rows": rows, "checks": exact, "held_out_accuracy": judge.held_out_accuracy, "sheet": names,
               "provenance": provenance()}
-    write_file(args.output / "kv_policies.json", (json.dumps(result, indent=1) + "\n").encode())
-    text = "\n".join(["# What each cache policy costs", "", table(rows), "## The claims", "", *claims(rows), "",
-                      "## The sheet", "", "`kv_policies.jpg`, from the top: " + ", ".join(map(name_of, names)) + ".",
+    write_file(args.output / "rows.json", (json.dumps(result, indent=1) + "\n").encode())
+    text = "\n".join(["# What each cache policy costs", "", table(rows), "## The claims", "", claims(rows, args.work_dir),
+                      "## The sheet", "", "`sheet.jpg`, from the top: " + ", ".join(map(name_of, names)) + ".",
                       "", "## Exactness", "", "```json", json.dumps(exact, indent=1), "```", ""])
-    write_file(args.output / "kv_policies.tables.md", text.encode())
+    write_file(args.output / "tables.md", text.encode())
     print(text)
 
 

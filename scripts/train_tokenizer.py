@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vtc.errors import ConfigError
 from vtc.training.recipe import NameValue, add_recipe_flags, parse_recipe_args, recipe_from
-from vtc.training.sources import add_data_flags, pictures_of
+from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 from vtc.training.tokenizer_recipe import TokenizerRecipe
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.local_vq import LocalVQ
 
@@ -40,9 +41,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codebook_size", type=int, help="short for --model_args codebook_size=N")
     parser.add_argument("--init_from", help="a finished model to start from; LocalVQ's codebook is clustered to "
                                             "--codebook_size, by K-means weighted with its token frequencies")
-    parser.add_argument("--validation_data_dir", help="whole pictures to measure on; none: no validation")
-    parser.add_argument("--validation_split", default="val", help="of a pack or dataset (default: %(default)s)")
-    parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
+    parser.add_argument("--init_networks", help="a finished model whose encoder and decoder to start from, with a "
+                                                "quantizer of its own: other words, other scales")
+    add_validation_flags(parser)
     add_data_flags(parser)
     add_recipe_flags(parser, TokenizerRecipe)
     return parse_recipe_args(parser, arguments)
@@ -72,6 +73,21 @@ def clustered(model: LocalVQ, codebook_size: int) -> LocalVQ:
     return with_codebook(model, family.codebooks[codebook_size], family.maps[codebook_size]).train()
 
 
+def networks_taken(model: Tokenizer, name_or_path: str) -> Tokenizer:
+    """`model` with the encoder and decoder of a finished one; its quantizer stays as it is."""
+    from vtc.models import load_tokenizer
+
+    def networks(of: Tokenizer) -> dict[str, Tensor]:
+        return {k: v for k, v in cast(Any, of).state_dict().items() if k.startswith(("encoder.", "decoder."))}
+
+    wanted, found = networks(model), networks(load_tokenizer(name_or_path))
+    shapes = [{k: tuple(v.shape) for k, v in tensors.items()} for tensors in (wanted, found)]
+    if not found or shapes[0] != shapes[1]:
+        raise ConfigError(f"The encoder and decoder of {name_or_path} are not of the shapes that the flags ask for.")
+    cast(Any, model).load_state_dict(found, strict=False)
+    return model
+
+
 def model_of(args: argparse.Namespace) -> Tokenizer:
     """The model that the flags ask for."""
     from vtc.tokenizers.composed import compose
@@ -85,6 +101,10 @@ def model_of(args: argparse.Namespace) -> Tokenizer:
         model = compose(args.model, args.quantizer, args.model_args, args.quantizer_args | size)
     else:
         model = make_tokenizer(args.model, args.model_args | size)
+    if args.init_networks:
+        if args.init_from:
+            raise ConfigError("--init_from takes the quantizer too, --init_networks does not: give one of them.")
+        model = networks_taken(model, args.init_networks)
     if args.stage2 and hasattr(model, "to_generative") and not getattr(model, "generative", True):
         stage1: Any = model
         model = stage1.to_generative()
@@ -93,20 +113,20 @@ def model_of(args: argparse.Namespace) -> Tokenizer:
 
 def train(args: argparse.Namespace) -> None:
     from vtc.tokenizers.lpips import LPIPS
-    from vtc.training.data import RandomCrops, validation_pictures
+    from vtc.training.data import RandomCrops
     from vtc.training.loop import Loop, make_accelerator, seed_everything
     from vtc.training.tokenizer import TokenizerTask
+    from vtc.training.validation import validation_of
 
     recipe = recipe_from(TokenizerRecipe, args)
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
     model = model_of(args)
     pictures = pictures_of(args)
-    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
+    validation = validation_of(args, recipe.validation_limit, accelerator.device)
     perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
         recipe.perceptual_weight) else None
-    judge = LPIPS("alex", args.lpips_weights) if validation else None
-    task = TokenizerTask(model, recipe, perceptual, judge, validation)
+    task = TokenizerTask(model, recipe, perceptual, validation)
     crops = RandomCrops(pictures, recipe.resolution, recipe.seed, recipe.min_scale)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)
     if crops.broken:

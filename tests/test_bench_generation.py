@@ -131,16 +131,21 @@ def test_settings_are_drawn_batch_by_batch_and_reported(evaluate: Any, monkeypat
     with (work / "full.jsonl").open("a") as file:
         file.write('{"batch": 7, "cou')  # a process that was killed
     evaluate.main(["report", *common, *settings])
-    result = json.loads((tmp_path / "out" / "kv_policies.json").read_text())
+    result = json.loads((tmp_path / "out" / "rows.json").read_text())
     assert result["rows"]["full"]["count"] == 6
     assert 0 < result["rows"]["streaming:0.5"]["same"] < 1
     full = np.concatenate([np.load(evaluate.at(work, "full", b))["indices"] for b in range(3)])
     other = np.concatenate([np.load(evaluate.at(work, "streaming:0.5", b))["indices"] for b in range(3)])
     assert result["rows"]["streaming:0.5"]["same"] == pytest.approx((full == other).mean())
-    text = (tmp_path / "out" / "kv_policies.tables.md").read_text()
+    text = (tmp_path / "out" / "tables.md").read_text()
     assert "| window:0.5 | 6 |" in text
-    assert (tmp_path / "out" / "kv_policies.svg").is_file()
-    assert (tmp_path / "out" / "kv_policies.jpg").is_file()
+    ours, theirs = (np.concatenate([np.load(evaluate.at(work, setting, b))["lpips"] for b in range(3)])
+                    for setting in ("hack:0.5", "streaming:0.5"))
+    gain = (theirs - ours).mean() / ((theirs - ours).std() / 6**0.5)
+    claim = next(line for line in text.splitlines() if line.startswith("| hack:0.5 | streaming:0.5 | 6 |"))
+    assert f"{ours.mean():.4f}, {theirs.mean():.4f} ({gain:+.1f} s.e.)" in claim
+    assert (tmp_path / "out" / "plot.svg").is_file()
+    assert (tmp_path / "out" / "sheet.jpg").is_file()
 
 
 def test_nothing_is_lost_without_the_last_scale_or_at_a_budget_of_everything(evaluate: Any, tmp_path: Path,

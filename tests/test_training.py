@@ -18,6 +18,7 @@ from vtc.tokenizers.composed import NETWORKS, QUANTIZERS, compose
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.losses import adaptive_weight
 from vtc.tokenizers.lpips import LPIPS
+from vtc.tokenizers.pyramid_vq import PyramidVQ
 from vtc.tokenizers.wetok import WeTok
 from vtc.training.data import RandomCrops, image_files
 from vtc.training.loop import Loop
@@ -313,6 +314,32 @@ def test_a_finished_model_starts_the_next_with_a_smaller_codebook(tmp_path):
     assert smaller.training and smaller.quantizer.codebook.shape == (5, 4)
     assert smaller.token_frequencies.sum() == 2**20
     assert torch.equal(smaller.decoder.head.weight, same.decoder.head.weight)
+
+
+def test_the_networks_of_a_finished_model_get_a_quantizer_of_other_scales(tmp_path):
+    script = import_module("scripts.train_tokenizer")
+    small = {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8], "encoder_depths": [1, 1],
+             "decoder_widths": [8, 8, 8], "decoder_depths": [1, 1, 1], "thin": 4}
+    finished = PyramidVQ(**small, sides=(1, 2, 4))
+    finished.save_pretrained(tmp_path)
+
+    def made(*more: str) -> PyramidVQ:
+        words = [f"{k}={v}" for k, v in (small | {"sides": [4], "phis": 0}).items()]
+        return script.model_of(script.parse_args([
+            "--model", "pyramid_vq", "--model_args", *words, "--train_data_dir", "x", "--output_dir", "y",
+            "--init_networks", str(tmp_path), *more]))
+
+    raster = made()
+    assert raster.sides == (4,) and not any(k.startswith("quantizer.phi") for k in raster.state_dict())
+    for key, tensor in finished.state_dict().items():
+        if key.startswith(("encoder.", "decoder.")):
+            assert torch.equal(raster.state_dict()[key], tensor.half().float()), key
+    with pytest.raises(ConfigError, match="not of the shapes"):
+        small["thin"] = 8
+        made()
+    with pytest.raises(ConfigError, match="give one of them"):
+        small["thin"] = 4
+        made("--init_from", str(tmp_path))
 
 
 def test_the_script_trains_resumes_and_refuses(photographs, tmp_path, capsys):  # noqa: F811
