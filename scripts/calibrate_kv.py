@@ -35,6 +35,21 @@ from vtc.training.tokenizing import center_square
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, write; 0 done, 1 failed (one sentence on stderr)."""
+    args = parse_args(arguments)
+    try:
+        if args.samples < 1 or args.batch_size < 1:
+            raise ConfigError("--samples and --batch_size are at least 1.")
+        generator = load_generator(args.model).to(args.device)
+        measured = measure(args, generator)
+        measured.save(args.output)
+    except VtcError as error:
+        print(f"calibrate_kv: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(facts(measured)))
+    return 0
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_GENERATOR, help="bundled name, folder, or Hub repository")
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
@@ -50,18 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--aspect", type=float, default=1.0, help="height over width, of a text-conditional model")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quiet", action="store_true")
-    args = parser.parse_args(arguments)
-    try:
-        if args.samples < 1 or args.batch_size < 1:
-            raise ConfigError("--samples and --batch_size are at least 1.")
-        generator = load_generator(args.model).to(args.device)
-        measured = measure(args, generator)
-        measured.save(args.output)
-    except VtcError as error:
-        print(f"calibrate_kv: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(facts(measured)))
-    return 0
+    return parser.parse_args(arguments)
 
 
 def measure(args: argparse.Namespace, generator: LoadedGenerator) -> Calibration:

@@ -38,6 +38,16 @@ KEY = "token_frequencies"
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, count, write; 0 done, 1 failed (one sentence on stderr)."""
+    args = parse_args(arguments)
+    try:
+        fit(args)
+    except VtcError as error:
+        print(f"fit_tables: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="bundled name, folder, or repository on the Hub")
     parser.add_argument("--images", type=Path, nargs="+", required=True, help="folders of pictures to count")
@@ -46,13 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="one table; one a group; one a scale and group. Default: as many as the tokens have kinds")
     parser.add_argument("--output", type=Path, help="folder of the new model; by default the model's own")
     parser.add_argument("--json", action="store_true", help="the numbers as JSON on stdout")
-    args = parser.parse_args(arguments)
-    try:
-        fit(args)
-    except VtcError as error:
-        print(f"fit_tables: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return parser.parse_args(arguments)
 
 
 def fit(args: argparse.Namespace) -> None:

@@ -1,8 +1,8 @@
 """Loading and saving models: a bundled name, a local folder, or a repository on the Hugging Face Hub.
 
 A model on disk is a folder of two files, `config.json` (constructor arguments) and `model.safetensors` (float16
-tensors, exact in float32; in models imported from others float32 where float16 would round), and a card, `README.md`.
-Nothing is ever unpickled.
+tensors, exact in float32; in models imported from others float32 where float16 would round; int8 where config.json says
+"weights": "int8", see `vtc.int8`), and a card, `README.md`. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vtc import int8
 from vtc.errors import ModelError
 
 #: folder of the models that the wheel carries, one sub-folder a name
@@ -97,11 +98,13 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
     #: whether saving keeps tensors that float16 would change as float32; set by importing and by loading such a file
     exact_weights: bool = False
+    #: names of weights that saving stores as int8; set by `vtc.int8.quantize_weights` and by loading such a file
+    int8_weights: frozenset[str] = frozenset()
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path) -> Self:  # type: ignore[override]  # one argument, on purpose
         """A model in eval mode, float32, on the CPU, from a bundled name, a folder, or a Hub repository."""
-        config, tensors = read_model(name_or_path)
+        config, tensors, int8_weights = _read(name_or_path)
         if config.pop("class", cls.__name__) != cls.__name__:
             raise ModelError(f"The model {str(name_or_path)!r} is not a {cls.__name__}.")
         try:
@@ -112,6 +115,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
             reason = " ".join(str(error).split())
             raise ModelError(f"The model {str(name_or_path)!r} does not fit {cls.__name__}: {reason}") from error
         model.exact_weights = any(t.dtype == torch.float32 for t in tensors.values())
+        model.int8_weights = int8_weights
         module.eval()
         return model
 
@@ -120,6 +124,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
         """The model's shapes alone, on torch's "meta" device: only its config.json is read."""
         config = read_json(name_or_path)
         config.pop("class", None)
+        config.pop("weights", None)
         try:
             with torch.device("meta"):
                 model = cls(**config)
@@ -130,8 +135,10 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
-        save_file(stored_tensors(cast(nn.Module, self), exact=self.exact_weights), save_directory / WEIGHTS)
-        config = {"class": type(self).__name__, **self.arguments()}
+        tensors = stored_tensors(cast(nn.Module, self), exact=self.exact_weights, int8_weights=self.int8_weights)
+        save_file(tensors, save_directory / WEIGHTS)
+        form = {"weights": int8.FORMAT} if self.int8_weights else {}
+        config = {"class": type(self).__name__, **form, **self.arguments()}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
     def arguments(self) -> dict[str, Any]:
@@ -152,22 +159,43 @@ def read_json(name_or_path: str | Path) -> dict[str, Any]:
 
 def read_model(name_or_path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """config.json and the tensors of a model's folder; see `fetch`. ModelError where they cannot be read."""
+    config, tensors, _ = _read(name_or_path)
+    return config, tensors
+
+
+def _read(name_or_path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], frozenset[str]]:
+    """`read_model`, and the names of the weights that were int8."""
     try:
-        return read_json(name_or_path), load_file(fetch(name_or_path, WEIGHTS))
+        config, tensors = read_json(name_or_path), load_file(fetch(name_or_path, WEIGHTS))
     except SafetensorError as error:
+        raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
+    form = config.pop("weights", None)
+    if form is None:
+        return config, tensors, frozenset()
+    if form != int8.FORMAT:
+        raise ModelError(f"The model {str(name_or_path)!r} has {form!r} weights, which this vtc cannot read.")
+    try:
+        return config, *int8.unpack(tensors)
+    except ModelError as error:
         raise ModelError(f"The model {str(name_or_path)!r} is damaged: {error}.") from error
 
 
-def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",), exact: bool = False) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module, prefixes: tuple[str, ...] = ("",), exact: bool = False,
+                   int8_weights: frozenset[str] = frozenset()) -> dict[str, Tensor]:
     """The state dict as it goes to disk: floating tensors as float16, contiguous, on the CPU.
 
     prefixes: only tensors whose names begin with one of them; by default all.
     exact: tensors that float16 would change are float32.
+    int8_weights: names of those that are int8, each with a tensor of scales; see `vtc.int8`.
     Raises ModelError where a value is too large for float16 and not `exact`.
     """
-    stored = {}
+    stored: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith(prefixes):
+            continue
+        if name in int8_weights:
+            q, scale = int8.quantize(tensor.cpu())
+            stored |= {name: q.contiguous(), name + int8.SUFFIX: scale}
             continue
         if tensor.is_floating_point():
             half = tensor.half()
