@@ -46,6 +46,7 @@ class TokenizerRecipe(Recipe):
     adaptive_weight: bool = flag(False, "multiply gan_weight by the ratio of gradients at the decoder's last layer")
     lecam_weight: float = flag(0.0, "of LeCAM (WeTok: 0.05 with [0, 1] logits, 0.001 in others); 0: none")
     stage2: bool = flag(False, "train the decoder alone, encoder and codebook frozen; a WeTok's becomes generative")
+    int8: bool = flag(False, "compute with weights rounded to int8, and save them so: half the file")
     validation_limit: int = flag(0, "pictures to validate on; 0: all")
 
     def __post_init__(self) -> None:
@@ -53,3 +54,5 @@ class TokenizerRecipe(Recipe):
         if self.resolution < 16 or not 0 < self.min_scale <= 1 or self.entropy_annealing_steps < 1:
             raise ConfigError("A tokenizer's recipe has crops of at least 16 pixels, a --min_scale in (0, 1] and at "
                               "least one --entropy_annealing_steps.")
+        if self.int8 and self.shard:
+            raise ConfigError("--int8 and --shard exclude one another: a scale needs the whole of its weights.")
