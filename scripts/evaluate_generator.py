@@ -3,7 +3,7 @@
     python scripts/evaluate_generator.py --model var-tiny-128 --images tiny.npz --weights weights/ --samples 2000 \\
         --output docs/results/generator
 
-Samples are drawn class by turn, each from a seed of its own. OUTPUT receives generator.json, generator.md and
+Samples are drawn class by turn, each from a seed of its own. OUTPUT receives rows.json, tables.md and
 samples.jpg, generated pictures alone; --private_dir receives the same beside the nearest training pictures.
 
 Frechet distances are over AlexNet's pooled features, and depend on the number of pictures: each row names it. To learn
@@ -197,9 +197,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
     result = measure(args)
-    write_file(args.output / "generator.json", json.dumps(result, indent=1, default=str).encode() + b"\n")
+    write_file(args.output / "rows.json", json.dumps(result, indent=1, default=str).encode() + b"\n")
     text = report(result)
-    write_file(args.output / "generator.md", text.encode())
+    write_file(args.output / "tables.md", text.encode())
     print(text)
 
 

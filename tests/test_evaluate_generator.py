@@ -87,10 +87,10 @@ def test_a_table_and_sheets_come_out(script, pack, tmp_path):
     evaluate_generator.main(["--model", str(tmp_path / "model"), "--images", str(pack), "--weights", str(WEIGHTS),
                              "--samples", "6", "--batch_size", "4", "--neighbours", "4", "--output",
                              str(tmp_path / "out"), "--private_dir", str(tmp_path / "private")])
-    result = json.loads((tmp_path / "out" / "generator.json").read_text())
+    result = json.loads((tmp_path / "out" / "rows.json").read_text())
     assert result["rows"]["samples"]["count"] == 6 and result["nearest"]["samples"]["count"] == 4
     assert result["facts"]["guidance"]["weight"] == 1.5
-    text = (tmp_path / "out" / "generator.md").read_text()
+    text = (tmp_path / "out" / "tables.md").read_text()
     assert "| held-out pictures | 8 |" in text and "nearest 1 %" in text
     assert Image.open(tmp_path / "out" / "samples.jpg").size == (3 * 64, 2 * 64)
     kept = np.load(tmp_path / "private" / "samples.npz")
