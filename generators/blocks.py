@@ -64,7 +64,7 @@ class SelfAttention(nn.Module):
         """Renumber the heads, new head i being old head order[i]: the same function, with heads of a kind in a row."""
         if not isinstance(self.qkv, nn.Linear):
             raise ConfigError("The heads of a prepared model stay as they are: renumber them before `prepare`.")
-        rows = (order[:, None] * self.head_dim + torch.arange(self.head_dim)).flatten()
+        rows = (order[:, None] * self.head_dim + torch.arange(self.head_dim, device=order.device)).flatten()
         self.qkv.weight.copy_(self.qkv.weight.unflatten(0, (3, -1))[:, rows].flatten(0, 1))
         self.q_bias.copy_(self.q_bias[rows])
         self.v_bias.copy_(self.v_bias[rows])

@@ -21,6 +21,7 @@ Infinity-8B's tokenizer has cells half as large, and the transformer reads and d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -71,7 +72,7 @@ PUBLISHED_GUIDANCE = Guidance(3.0)
 
 def scales_for(height_to_width: float = 1.0, size: str = "1M") -> tuple[Grid, ...]:
     """The grids for a picture of about this shape: of the published shapes the nearest, by their logarithms' ratio."""
-    if size not in SCALES_OF_SIZE or not height_to_width > 0:
+    if size not in SCALES_OF_SIZE or not 0 < height_to_width < math.inf:
         raise ConfigError(f"A size is one of {', '.join(SCALES_OF_SIZE)} and a shape above 0, not {size} and "
                           f"{height_to_width}.")
     nearest = min(INFINITY_SCALES, key=lambda ratio: max(ratio / height_to_width, height_to_width / ratio))
@@ -91,6 +92,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, text_width: int, heads: int, pool: bool) -> None:
         super().__init__()
+        if width % heads:
+            raise ConfigError(f"A width of {width} does not divide into the {heads} heads that read the text.")
         self.heads, self.head_dim = heads, width // heads
         self.kv = Projection(text_width, 2 * width)
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -156,7 +159,7 @@ class Infinity(nn.Module, PretrainedMixin):
     depth, width, heads, mlp_ratio: of the transformer. bits: of a token, those of all its cells together.
     patch: side of the square of the tokenizer's cells that are one token.
     text_width, text_tokens: of the text features (T5-XL: 2048, 512). levels: of the table of scale embeddings.
-    pool_heads: of the pooling of the text (heads of 128 dimensions; of 64 above a width of 4096).
+    pool_heads: of the pooling of the text; default one for each 128 of `text_width`, 64 above a width of 4096.
     chunks: groups of blocks, each of which adds the scale's embedding where `level_every_chunk`; else the first alone.
     """
 
@@ -171,7 +174,7 @@ class Infinity(nn.Module, PretrainedMixin):
         self.patch = patch
         self.depth, self.width, self.heads, self.bits, self.text_width = depth, width, heads, bits, text_width
         self.chunk, self.level_every_chunk = depth // chunks, level_every_chunk
-        pool_heads = pool_heads or max(1, width // (64 if width > 4096 else 128))
+        pool_heads = pool_heads or max(1, text_width // (64 if width > 4096 else 128))
         self.text_norm = nn.RMSNorm(text_width, eps=1e-6)
         self.text_pool = CrossAttention(width, text_width, pool_heads, pool=True)
         self.text_mlp = FeedForward(text_width, width)
@@ -207,12 +210,17 @@ class Infinity(nn.Module, PretrainedMixin):
         return torch.cat([text, self.no_text[: text.shape[1]].expand_as(text)]), mask.repeat(2, 1)
 
     def logits(self, x: Tensor, level: Tensor, condition: TextCondition, attend: Attend,
-               rotate: Callable[[Tensor], Tensor]) -> Tensor:
-        """(B, n, C) inputs and the embeddings of their scales, (n, C), to (B, n, d, 2) float32 logits."""
+               rotate: Callable[[Tensor], Tensor],
+               after: Callable[[Tensor, int], Tensor] = lambda x, layer: x) -> Tensor:
+        """(B, n, C) inputs and the embeddings of their scales, (n, C), to (B, n, d, 2) float32 logits.
+
+        after: of each block's output and its number, what the next one reads.
+        """
         for layer, block in enumerate(self._blocks()):
             if layer == 0 or (self.level_every_chunk and layer % self.chunk == 0):
                 x = x + level
-            x = block(x, condition.shared, condition.keys_values[layer], condition.mask, attend, layer, rotate)
+            x = after(block(x, condition.shared, condition.keys_values[layer], condition.mask, attend, layer, rotate),
+                      layer)
         scale, shift = condition.head.unbind(2)
         return self.head(modulate(x, scale, shift)).float().unflatten(2, (self.bits, 2))
 
@@ -249,6 +257,8 @@ class Infinity(nn.Module, PretrainedMixin):
         if tokenizer.vocab != (2,) * (bits := self.bits // self.patch**2):
             raise ConfigError(f"This Infinity draws {bits} single bits a cell, and the tokenizer's indices have "
                               f"{tokenizer.vocab} words: make it with token_bits of 1.")
+        if -guidance.layer > self.depth:
+            raise ConfigError(f"Guidance at the block {-guidance.layer} from the end needs as many, not {self.depth}.")
         scales = scales_for() if scales is None else tuple(scales)
         cells = cells_of(scales, self.patch)
         if len(scales) > self.level.num_embeddings:
@@ -264,7 +274,8 @@ class Infinity(nn.Module, PretrainedMixin):
             here = slice(first, first + schedule.tokens(number))
             return self.logits(x, self.level.weight[number], condition,
                                lambda q, k, v, layer: cache.attend(q, k, v, layer, number),
-                               lambda t: rotate_pairs(t, cos[here], sin[here]))
+                               lambda t: rotate_pairs(t, cos[here], sin[here]),
+                               lambda x, layer: guidance.within(x, layer, self.depth, number, schedule.steps))
 
         if given is not None and self.patch > 1:
             given = self._folded(*given, scales)

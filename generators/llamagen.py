@@ -25,7 +25,7 @@ from vtc.generators.blocks import Attend, dense_attention
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.rotary import rotate_pairs, rotation
-from vtc.generators.sampling import Generators, Guidance, Sampling
+from vtc.generators.sampling import Generators, Guidance, Sampling, check_labels
 from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import Tokenizer, TokenLayout, Tokens
 
@@ -81,15 +81,18 @@ class LlamaGen(nn.Module, PretrainedMixin):
     classes: labels 0 ... classes - 1; the label `classes` means no class, for guidance.
     codebook_size: V of the tokenizer. side: of the square token grid.
     zero_class_key: the class token's queries and keys are zero, as upstream; False: they are not rotated.
+    rope_base: of the rotation.
     """
 
     def __init__(self, depth: int = 12, width: int = 768, heads: int = 12, hidden: int | None = None,
-                 classes: int = 1000, codebook_size: int = 16384, side: int = 16, zero_class_key: bool = True) -> None:
+                 classes: int = 1000, codebook_size: int = 16384, side: int = 16, zero_class_key: bool = True,
+                 rope_base: float = 10000.0) -> None:
         super().__init__()
         if width % heads or width // heads % 4:
             raise ConfigError(f"A width of {width} does not divide into {heads} heads of a multiple of 4 dimensions.")
         self.depth, self.width, self.heads, self.side = depth, width, heads, side
-        self.classes, self.codebook_size, self.zero_class_key = classes, codebook_size, zero_class_key
+        self.classes, self.codebook_size = classes, codebook_size
+        self.zero_class_key, self.rope_base = zero_class_key, rope_base
         hidden = hidden or -(-(8 * width // 3) // 256) * 256
         self.class_embedding = nn.Embedding(classes + 1, width)
         self.word = nn.Embedding(codebook_size, width)
@@ -113,7 +116,7 @@ class LlamaGen(nn.Module, PretrainedMixin):
     def positions(self) -> tuple[Tensor, Tensor]:
         """Cosines and sines (n, D / 2) of the class token and of all tokens but the last."""
         grid = (self.side, self.side)
-        cos, sin = rotation((grid,), grid, self.width // self.heads, self.head.weight.device)
+        cos, sin = rotation((grid,), grid, self.width // self.heads, self.class_embedding.weight.device, self.rope_base)
         first = torch.zeros_like(cos[:1]) if self.zero_class_key else torch.ones_like(cos[:1])
         return torch.cat([first, cos[:-1]]), torch.cat([torch.zeros_like(sin[:1]), sin[:-1]])
 
@@ -149,6 +152,7 @@ class LlamaGen(nn.Module, PretrainedMixin):
         """
         layout = self.check_tokenizer(tokenizer)
         self.check_labels(labels)
+        guidance.check_at_logits()
         cache = KVCache(self.schedule()) if cache is None else cache
         both = torch.cat([labels, torch.full_like(labels, self.classes)]) if guidance.active else labels
         if given is not None and not given[0].shape == given[1].shape == (len(labels), self.tokens):
@@ -170,8 +174,7 @@ class LlamaGen(nn.Module, PretrainedMixin):
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ConfigError unless labels are (B,) classes, or the number that means none."""
-        if labels.ndim != 1 or labels.min() < 0 or labels.max() > self.classes:
-            raise ConfigError(f"Labels are (B,) numbers from 0 to {self.classes - 1} ({self.classes}: no class).")
+        check_labels(labels, self.classes)
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> TokenLayout:
         """The layout of an image; ConfigError unless the tokenizer gives such a grid of this model's words."""

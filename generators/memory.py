@@ -15,7 +15,7 @@ program itself) and what an allocator leaves unused.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -29,9 +29,10 @@ from vtc.generators.infinity import Infinity
 from vtc.generators.kv_cache.cache import KVCache, selected
 from vtc.generators.kv_cache.calibration import Calibration
 from vtc.generators.kv_cache.hack import merge_into
-from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
+from vtc.generators.kv_cache.policy import Candidates, Heads, Merged
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.specs import PolicySpec
+from vtc.generators.kv_cache.wrappers import Around
 from vtc.generators.llamagen import Block, LlamaGen
 from vtc.generators.pretrained import Condition, LoadedGenerator
 from vtc.generators.sampling import Guidance, Sampling
@@ -198,46 +199,37 @@ def stand_in(schedule: Schedule) -> Calibration:
 
 # ---- a policy's numbers of tokens, without the tokens ---------------------------------------------------------------
 
-class AsMany(KVPolicy):
+@dataclass(frozen=True)
+class AsMany(Around):
     """Keeps as many keys as another policy and allocates what that one allocates to choose; which ones, nobody asks.
 
     For that the other policy is asked about small random keys, one picture of four dimensions a head.
     """
 
-    def __init__(self, policy: KVPolicy) -> None:
-        self.policy = policy
-        self.keeps_all = policy.keeps_all  # type: ignore[misc]
-        self._kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+    #: by layer and first head the small tokens and scores that are kept; and what was asked last, one at most
+    _kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    _asked: list[_Asked] = field(default_factory=list)
 
     def remember(self, layer: int, heads: Heads, count: int) -> None:
         """The heads have so many tokens, the newest of which nobody asks."""
         self._kept[layer, _first(heads)] = (torch.arange(count)[None, None], None)
 
-    def check(self, schedule: Schedule) -> None:
-        self.policy.check(schedule)
-
-    def budget(self, schedule: Schedule, layer: int, step: int) -> int:
-        return self.policy.budget(schedule, layer, step)
-
-    def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
-        return self.policy.heads(schedule, layer)
-
     def attended(self, candidates: Candidates) -> Tensor | Merged | None:
         asked = self._small(candidates)
         chosen = self.policy.attended(asked)
         asked.repeat_on(candidates)
-        self._asked = asked
+        self._asked[:] = [asked]
         if chosen is None:
             return None
         k, v = candidates.k, candidates.v
         if isinstance(chosen, Merged):
             return merge_into(k, v, torch.empty(*k.shape[:2], chosen.k.shape[2], dtype=torch.int64, device=k.device))
-        self._asked = asked.narrowed(chosen)
+        self._asked[:] = [asked.narrowed(chosen)]
         count = chosen.shape[-1]
         return Merged(k[:, :, :count].clone(), v[:, :, :count].clone())  # as large as what is selected
 
     def stored(self, candidates: Candidates) -> Tensor | None:
-        asked = self._asked
+        asked = self._asked.pop()
         before = asked.count
         chosen = self.policy.stored(asked)
         asked.repeat_on(candidates)

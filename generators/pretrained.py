@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Self, cast
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import ConfigError, ModelError, first_sentence
+from vtc.files import write_file
 from vtc.generators.classes import CALIBRATION, DRAFT, GENERATION_CONFIG, GENERATOR_CLASSES, TOKENIZER
 from vtc.generators.generate import Scale
 from vtc.generators.infinity import SCALES_OF_SIZE, Infinity, scales_for
@@ -69,8 +70,10 @@ class GenerationConfig:
 
     def to_json(self) -> str:
         """The file's text; what is as by default is left out."""
-        said = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return json.dumps({k: asdict(v) if isinstance(v, Sampling | Guidance) else v for k, v in said.items()},
+        def said(of: Any) -> dict[str, Any]:
+            return {f.name: getattr(of, f.name) for f in fields(of) if getattr(of, f.name) != f.default}
+
+        return json.dumps({k: said(v) if isinstance(v, Sampling | Guidance) else v for k, v in said(self).items()},
                           indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -237,7 +240,7 @@ class LoadedGenerator:
             parts.append((self.draft, folder / DRAFT))
         for part, place in parts:
             part.save_pretrained(place)
-        (folder / GENERATION_CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+        write_file(folder / GENERATION_CONFIG, self.config.to_json().encode())
 
 
 @dataclass(frozen=True)

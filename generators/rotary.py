@@ -11,13 +11,13 @@ from vtc.generators.kv_cache.schedule import Grid
 
 
 def rotation(scales: Sequence[Grid], frame: Grid, head_dim: int,
-             device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+             device: torch.device | str = "cpu", base: float = 10000.0) -> tuple[Tensor, Tensor]:
     """Cosines and sines (L, head_dim / 2) of the cells of all scales, laid over the `frame` grid.
 
     The first half of the pairs turns with the row, the second with the column; the speeds are RoPE's for half a head.
     """
     half = head_dim // 2
-    speed = 1.0 / 10000 ** (torch.arange(0, half, 2, device=device).float() / half)
+    speed = 1.0 / base ** (torch.arange(0, half, 2, device=device).float() / half)
     angles = []
     for size in scales:
         rows, columns = (torch.round(torch.arange(n, device=device) * (whole / n)) for n, whole in

@@ -8,6 +8,7 @@ only the time depends on the draft.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,7 @@ def generate_speculatively(target: LlamaGen, draft: LlamaGen, label: int, tokeni
         raise ConfigError(f"The draft proposes at least one token at a time, not {ahead}.")
     labels = torch.tensor([label], device=target.head.weight.device)
     target.check_labels(labels)
+    guidance.check_at_logits()
     large, small = (_Model(model, labels, sampling, guidance) for model in (target, draft))
     words: list[int] = []
     passes = accepted = proposed = 0
@@ -91,14 +93,9 @@ def generate_speculatively(target: LlamaGen, draft: LlamaGen, label: int, tokeni
             proposals.append(_draw(q, generator))
         p = large.distributions(words + proposals, len(proposals) + 1)
         passes, proposed = passes + 1, proposed + len(proposals)
-        kept = 0
-        for x, q, of_target in zip(proposals, guesses, p, strict=False):
-            if torch.rand((), generator=generator, device=q.device) * q[x] >= of_target[x]:
-                break
-            kept += 1
+        kept, word = judge(proposals, guesses, p, generator)
         accepted += kept
-        rest = p[kept] if kept == len(proposals) else (p[kept] - guesses[kept]).clamp(min=0)
-        words += [*proposals[:kept], _draw(rest / rest.sum(), generator)]
+        words += [*proposals[:kept], word]
         large.forget(len(words) - 1)
         small.forget(len(words) - 1)
     side = target.side * tokenizer.downsample
@@ -106,5 +103,22 @@ def generate_speculatively(target: LlamaGen, draft: LlamaGen, label: int, tokeni
     return SpeculativeResult(tokens, tokenizer.decode(tokens), passes, accepted, proposed)
 
 
+def judge(proposals: Sequence[int], guesses: Sequence[Tensor], p: Tensor,
+          generator: torch.Generator | None = None) -> tuple[int, int]:
+    """How many of the proposals stay, and the word after them: together a draw from the target, whatever the draft.
+
+    proposals: words, each drawn from one of `guesses`, (V,). p: (len(proposals) + 1, V) the target's distributions of
+    these words and of the next one.
+    """
+    for kept, (x, q) in enumerate(zip(proposals, guesses, strict=True)):
+        if torch.rand((), generator=generator, device=q.device) * q[x] < p[kept, x]:
+            continue
+        rest = (p[kept] - q).clamp(min=0)
+        # Distributions that differ by rounding alone may refuse a word and leave nothing to draw from.
+        return kept, _draw(rest if rest.sum() > 0 else p[kept], generator)
+    return len(proposals), _draw(p[-1], generator)
+
+
 def _draw(p: Tensor, generator: torch.Generator | None) -> int:
+    """A number at its share of (V,) weights, which need not sum to 1."""
     return int(torch.multinomial(p, 1, generator=generator))

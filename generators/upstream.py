@@ -6,11 +6,14 @@
     llamagen   layers, cls_embedding         LlamaGen, class-conditional (`c2i_B_256.pt` and so on)
 
 Sizes are facts of the keys and shapes. What they do not tell is an argument of the class and can be given.
-Files are read as those of tokenizers are (`vtc.tokenizers.upstream`): nothing in them is executed.
+Files are read as those of tokenizers are (`vtc.tokenizers.upstream`): nothing in them is executed. Whole checkpoints of
+training are read too, and folders of several files with an index, as Infinity-8B comes.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -20,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.errors import ConfigError, ModelError
+from vtc.errors import ConfigError, ModelError, first_sentence
 from vtc.tokenizers.upstream import read_tensors
 
 StateDict = dict[str, Tensor]
@@ -30,6 +33,11 @@ Family = Callable[[StateDict], tuple[StateDict, dict[str, Any]]]
 #: the class that each family becomes, and where it is
 CLASSES = {"var": ("VAR", "vtc.generators.var"), "infinity": ("Infinity", "vtc.generators.infinity"),
            "llamagen": ("LlamaGen", "vtc.generators.llamagen")}
+#: under which names the authors' training put the generator; LlamaGen's own sampling takes "model" before "ema"
+INSIDE = ("trainer", "var_wo_ddp", "gpt_wo_ddp", "gpt_fsdp", "model", "module", "state_dict", "ema")
+#: what upstream keeps beside its weights: constants, which follow from the sizes
+CONSTANTS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "Infinity_visible_kvlen", "Infinity_invisible_qlen",
+             "freqs_cis")
 
 
 def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
@@ -39,8 +47,7 @@ def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
              (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2."), (r"\.ada_lin\.1\.", ".adaptive."),
              (r"^head_nm\.adaptive\.", "head_adaptive."), (r"^shared_ada_lin\.1\.", "shared_adaptive."),
              (r"\.ada_gss$", ".offsets")]
-    constant = ("lvl_1L", "attn_bias_for_masking", "attn.zero_k_bias")
-    ours = renamed({k: v for k, v in tensors.items() if not k.endswith(constant)}, rules)
+    ours = renamed(tensors, rules)
     width = ours["position"].shape[2]
     l2 = "blocks.0.attention.log_scale" in ours
     heads = ours["blocks.0.attention.log_scale"].shape[1] if l2 else width // 64
@@ -53,8 +60,8 @@ def _var(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
 
 
 def _infinity(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
-    chunks = count(tensors, r"block_chunks\.(\d+)\.")
-    per_chunk = count(tensors, r"block_chunks\.0\.module\.(\d+)\.")
+    chunks = count(tensors, r"block_chunks\.(\d+)\.") or 1  # a single one is not called a chunk
+    per_chunk = count(tensors, r"block_chunks\.0\.module\.(\d+)\.") or count(tensors, r"blocks\.(\d+)\.")
     flat = {re.sub(r"^block_chunks\.(\d+)\.module\.(\d+)\.",
                    lambda m: f"blocks.{int(m[1]) * per_chunk + int(m[2])}.", k): v for k, v in tensors.items()}
     rules = [(r"^word_embed\.", "word."), (r"^pos_start$", "start"), (r"^lvl_embed\.", "level."),
@@ -65,7 +72,7 @@ def _infinity(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
              (r"\.sa\.scale_mul_1H11$", ".attention.log_scale"), (r"\.sa\.", ".attention."),
              (r"\.ca_norm\.", ".cross_norm."), (r"\.ca\.", ".cross_attention."), (r"\.mat_kv\.", ".kv."),
              (r"\.mat_q\.", ".q."), (r"\.ffn\.fc1\.", ".mlp.0."), (r"\.ffn\.fc2\.", ".mlp.2.")]
-    ours = renamed({k: v for k, v in flat.items() if not k.endswith("zero_k_bias")}, rules)
+    ours = renamed(flat, rules)
     width = ours["word.weight"].shape[0]
     return ours, {"depth": chunks * per_chunk, "width": width, "chunks": chunks,
                   "heads": ours["blocks.0.attention.log_scale"].shape[1],
@@ -80,7 +87,7 @@ def _llamagen(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
              (r"\.attention\.wo\.", ".attention.proj."), (r"\.ffn_norm\.", ".mlp_norm."),
              (r"\.feed_forward\.w1\.", ".mlp.gate."), (r"\.feed_forward\.w3\.", ".mlp.up."),
              (r"\.feed_forward\.w2\.", ".mlp.down.")]
-    ours = renamed({k: v for k, v in tensors.items() if not k.endswith("freqs_cis")}, rules)
+    ours = renamed(tensors, rules)
     codebook_size, width = ours["word.weight"].shape
     return ours, {"depth": count(ours, r"blocks\.(\d+)\."), "width": width, "heads": width // 64,
                   "hidden": ours["blocks.0.mlp.gate.weight"].shape[0],
@@ -116,9 +123,13 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
         raise ModelError(f"The checkpoint is no {family}: its key {error.args[0]} is missing.") from error
     config |= settings
     name, module = CLASSES[family]
+    kind = getattr(import_module(module), name)
+    known = inspect.signature(kind).parameters
+    if strange := sorted(settings.keys() - known.keys()):
+        raise ConfigError(f"{name} has no setting {strange[0]!r}: it has {', '.join(known)}.")
     if unknown := sorted(k for k, v in config.items() if v is None):
         raise ModelError(f"The checkpoint does not tell {name}'s {', '.join(unknown)}: give them as settings.")
-    model = getattr(import_module(module), name)(**config)
+    model = kind(**config)
     expected = model.state_dict()
     for what, keys in (("lacks", expected.keys() - ours.keys()), ("has left over", ours.keys() - expected.keys()),
                        ("has in other shapes", {k for k in expected.keys() & ours.keys()
@@ -131,17 +142,41 @@ def from_state_dict(tensors: Mapping[str, Tensor], family: str | None = None, **
 
 
 def load_generator_checkpoint(source: str | Path, family: str | None = None, **settings: Any) -> Any:
-    """A generator in eval mode from a file (.pth, .pt, .ckpt, .bin, .safetensors) as published."""
+    """A generator in eval mode from a file (.pth, .pt, .ckpt, .bin, .safetensors) or a folder of some with an index."""
     path = Path(source)
+    if path.is_dir():
+        return from_state_dict(_read_shards(path), family, **settings)
     if not path.is_file():
         raise ModelError(f"There is no checkpoint at {path}.")
-    return from_state_dict(read_tensors(path), family, **settings)
+    return from_state_dict(read_tensors(path, INSIDE), family, **settings)
+
+
+def _read_shards(folder: Path) -> StateDict:
+    """All tensors of a folder of files and the one *.index.json that says which tensor lies in which."""
+    indexes = sorted(folder.glob("*.index.json"))
+    if len(indexes) != 1:
+        raise ModelError(f"{folder} has {len(indexes) or 'no'} files *.index.json; a checkpoint in parts has one.")
+    try:
+        where = json.loads(indexes[0].read_bytes())["weight_map"]
+        files = sorted({str(name) for name in where.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{indexes[0]} cannot be read as an index of files ({first_sentence(error)}).") from error
+    tensors: StateDict = {}
+    for name in files:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{indexes[0]} names the file {name!r}, which is not in its folder.")
+        tensors |= read_tensors(folder / name, ())
+    if lost := sorted(where.keys() - tensors.keys()):
+        raise ModelError(f"The files of {folder} lack {lost[0]}, which their index names.")
+    return tensors
 
 
 def renamed(tensors: StateDict, rules: Sequence[tuple[str, str]]) -> StateDict:
-    """Every key after all the rules, in turn; ModelError where two become one."""
+    """Every key after all the rules, in turn, without `CONSTANTS`; ModelError where two become one."""
     out: StateDict = {}
     for key, tensor in tensors.items():
+        if key.endswith(CONSTANTS):
+            continue
         new = key
         for pattern, replacement in rules:
             new = re.sub(pattern, replacement, new)

@@ -27,7 +27,7 @@ from vtc.generators.blocks import Attend, FeedForward, SelfAttention, attention_
 from vtc.generators.generate import Scale, draw_scales
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.schedule import Schedule
-from vtc.generators.sampling import Generators, Guidance, Sampling
+from vtc.generators.sampling import Generators, Guidance, Sampling, check_labels
 from vtc.hub import PretrainedMixin
 from vtc.tokenizers.base import TokenLayout, Tokens
 from vtc.tokenizers.layers import MultiScaleTokenizer
@@ -182,6 +182,7 @@ class VAR(nn.Module, PretrainedMixin):
         """
         self.check_tokenizer(tokenizer)
         self.check_labels(labels)
+        guidance.check_at_logits()
         cache = KVCache(self.schedule()) if cache is None else cache
         both = torch.cat([labels, torch.full_like(labels, self.classes)]) if guidance.active else labels
         modulation = self.modulation(both)
@@ -195,8 +196,7 @@ class VAR(nn.Module, PretrainedMixin):
 
     def check_labels(self, labels: Tensor) -> None:
         """Raise ConfigError unless labels are (B,) classes, or the number that means none."""
-        if labels.ndim != 1 or labels.min() < 0 or labels.max() > self.classes:
-            raise ConfigError(f"Labels are (B,) numbers from 0 to {self.classes - 1} ({self.classes}: no class).")
+        check_labels(labels, self.classes)
 
     def check_tokenizer(self, tokenizer: MultiScaleTokenizer) -> None:
         """Raise ConfigError unless the model's words are the tokenizer's."""

@@ -41,9 +41,10 @@ from vtc.generators.infinity import scales_for
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.calibration import Calibration
 from vtc.generators.kv_cache.hack import HACK
-from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged, budget_from_ratio
+from vtc.generators.kv_cache.policy import Candidates, KVPolicy, Merged, budget_from_ratio
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.specs import parse_policy
+from vtc.generators.kv_cache.wrappers import Around
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.generators.var import PUBLISHED_GUIDANCE, PUBLISHED_SAMPLING, VAR, Block
 from vtc.tokenizers.multi_scale_residual import VAR_256, VAR_512
@@ -345,30 +346,20 @@ def verdict(what: str, found: float, bar: float) -> list[str]:
 # ---- policies -------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Timed(KVPolicy):
+class Timed(Around):
     """Another policy, with the seconds that its choices take."""
 
-    policy: KVPolicy
     clock: Clock
-
-    def check(self, schedule: Schedule) -> None:
-        self.policy.check(schedule)
-
-    def budget(self, schedule: Schedule, layer: int, step: int) -> int:
-        return self.policy.budget(schedule, layer, step)
-
-    def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
-        return self.policy.heads(schedule, layer)
 
     def attended(self, candidates: Candidates) -> Tensor | Merged | None:
         self.clock.start()
-        chosen = self.policy.attended(candidates)
+        chosen = super().attended(candidates)
         self.clock.stop("select")
         return chosen
 
     def stored(self, candidates: Candidates) -> Tensor | None:
         self.clock.start()
-        chosen = self.policy.stored(candidates)
+        chosen = super().stored(candidates)
         self.clock.stop("select")
         return chosen
 

@@ -20,7 +20,7 @@ from vtc.generators.kv_cache.h2o import H2O
 from vtc.generators.kv_cache.hack import HACK, merge_into, structural_choice
 from vtc.generators.kv_cache.heatkv import HeatKV
 from vtc.generators.kv_cache.policy import Candidates, budget_from_ratio
-from vtc.generators.kv_cache.scalekv import ScaleKV, pooled_on_maps, upstream_selection, upstream_window_of
+from vtc.generators.kv_cache.scalekv import ScaleKV, pooled_on_maps, upstream_selection, upstream_window
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
 from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
@@ -245,15 +245,13 @@ def test_scalekv_compat_selects_what_upstream_selects() -> None:
     cases = {case["case"]: case for case in found.facts["cases"]}
     for name, case in cases.items():
         if name.startswith("window."):
-            side = round(case["tokens"] ** 0.5)
-            window = upstream_window_of(side, side, case.get("window", 16)) + case["start"]
-            recent = found[name][-case["tokens"] :].long()  # where there are fewer, upstream also takes older tokens
-            assert torch.equal(window, recent), name
+            window = upstream_window(case["tokens"], case["start"] + case["tokens"], case.get("window", 16))
+            assert torch.equal(window, found[name].flatten().long()), name
         else:
-            side = round(case["query_len"] ** 0.5)
             kept = upstream_selection(found[f"{name}.q"].float(), found[f"{name}.k"].float(),
-                                      upstream_window_of(side, side, case["window"]), case["max_capacity"],
-                                      case["kernel_size"], "max" if case["pooling"] == "maxpool" else "average")
+                                      upstream_window(case["query_len"], case["key_len"], case["window"]),
+                                      case["max_capacity"], case["kernel_size"],
+                                      "max" if case["pooling"] == "maxpool" else "average")
             assert torch.equal(kept, found[f"{name}.kept"].long()), name
 
 
@@ -359,8 +357,9 @@ def test_pooling_on_maps_does_not_run_across_rows_or_scales() -> None:
 
 
 def test_pyramid_budgets_are_linear_and_have_the_mean() -> None:
-    schedule = Schedule(((1, 1), (2, 2)), 9, 2, 4)
+    schedule = Schedule(((1, 1), (20, 20), (2, 2)), 9, 2, 4)
     policy = PyramidKV(216, window=16)
+    assert PyramidKV(401).layer_tokens(schedule, 8) == 401  # all there is to store
     budgets = [policy.layer_tokens(schedule, layer) for layer in range(9)]
     assert budgets[0] == 16 + 390
     assert budgets[-1] == 16 + 10

@@ -35,7 +35,7 @@ import tarfile
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,18 +132,22 @@ def _load(file: IO[bytes], **options: Any) -> Any:
     return _InertUnpickler(file, **options).load()
 
 
-def read_tensors(path: Path) -> StateDict:
-    """All tensors of a .safetensors file, or of the state dict in a pickle ("state_dict", "vae", "ema" or "model")."""
+def read_tensors(path: Path, inside: Sequence[str] = ("state_dict", "vae", "ema", "model")) -> StateDict:
+    """All tensors of a .safetensors file, or of the state dict in a pickle; inside: under which names it may lie there.
+
+    The first of the names that there is counts, and again within it. Raises ModelError.
+    """
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read as safetensors ({error}).") from error
     content = read_pickle(path)
-    for key in ("state_dict", "vae", "ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    while isinstance(content, Mapping):
+        within = [content[key] for key in inside if isinstance(content.get(key), Mapping)]
+        if not within:
             break
+        content = within[0]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ModelError(f"{path} holds no state dict of tensors.")

@@ -25,7 +25,7 @@ from vtc.errors import ConfigError
 from vtc.generators.kv_cache.full import Full
 from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
 from vtc.generators.kv_cache.schedule import Schedule
-from vtc.generators.kv_cache.storage import MixedBuffer, MixedPrecision, Storage, TokenBuffer, gather
+from vtc.generators.kv_cache.storage import MixedBuffer, MixedPrecision, Storage, TokenBuffer, check_storage, gather
 
 
 @dataclass
@@ -66,17 +66,21 @@ class KVCache:
 
     def __post_init__(self) -> None:
         self.policy.check(self.schedule)
-        self.groups = [[HeadGroup(heads, self._buffer(), self._buffer()) for heads in
+        check_storage(self.storage, self.schedule.head_dim)
+        self.groups = [[HeadGroup(heads, self._buffer(layer), self._buffer(layer)) for heads in
                         self.policy.heads(self.schedule, layer)] for layer in range(self.schedule.layers)]
         self._nbytes = self._peak = 0
 
-    def _buffer(self) -> TokenBuffer | MixedBuffer:
+    def _buffer(self, layer: int) -> TokenBuffer | MixedBuffer:
         if isinstance(self.storage, MixedPrecision):
             return MixedBuffer(self.storage)
-        # A policy that keeps all knows how much that is. Any other grows as it goes: a raster model's by half at a
-        # time, for its steps are many and small.
-        return TokenBuffer(self.storage, self.schedule.stored_tokens if self.policy.keeps_all else 0,
-                           1.5 if self.schedule.raster else 1.0)
+        if self.policy.keeps_all:
+            return TokenBuffer(self.storage, self.schedule.stored_tokens)
+        # Any other grows as it goes: a raster model's by half at a time, for its steps are many and small.
+        if not self.schedule.raster:
+            return TokenBuffer(self.storage, growth=1.0)
+        most = max(self.policy.budget(self.schedule, layer, step) for step in range(self.schedule.steps))
+        return TokenBuffer(self.storage, limit=min(most, self.schedule.stored_tokens) + 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
         """Attention of a step's tokens, (B, H, m, D) each, to everything stored and to one another: (B, H, m, D).
@@ -88,6 +92,8 @@ class KVCache:
             expected = (expected[0], max(q.shape[2], expected[1]), expected[2])
         if tuple(q.shape[1:]) != expected:
             raise ConfigError(f"Step {step} has (heads, tokens, dimensions) {expected}, not {tuple(q.shape[1:])}.")
+        if self.batch_halves and len(q) % 2:
+            raise ConfigError(f"A batch of {len(q)} is no two halves of guidance: make the cache without batch_halves.")
         groups = self.groups[layer]
         if step == 0 and groups[0].k.length > 0:
             raise ConfigError("This cache holds a generation already: make a new one for each.")

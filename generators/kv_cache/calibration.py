@@ -12,9 +12,9 @@ The file carries the model's fingerprint: another model's is refused. `scripts/c
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,18 +87,32 @@ class Calibration:
         return tuple(tuple(row.nonzero()[:, 0].tolist()) for row in chosen.view_as(self.variance))
 
     def head_order(self, share: float = 0.5) -> Tensor:
-        """(L, H) for a model's `permute_heads`: contextual heads first, so that each kind is a slice."""
+        """(L, H) for a model's `permute_heads`: contextual heads first, so that each kind is a slice.
+
+        What the model is like afterwards, `permuted` says.
+        """
         return torch.stack([torch.tensor([*kind, *(h for h in range(self.variance.shape[1]) if h not in kind)])
                             for kind in self.contextual(share)])
+
+    def permuted(self, order: Tensor, model: nn.Module) -> Calibration:
+        """That of a model after `permute_heads(order)`, whose heads have other numbers and whose fingerprint is new."""
+        return replace(self, variance=self.variance.gather(1, order), model=fingerprint(model, ("",)).hex(),
+                       attention=self.attention.gather(1, order[..., None].expand_as(self.attention)))
+
+    def standardised(self) -> Tensor:
+        """(L, K - 1): the selectivity of the scales after the first, less its mean over the layers, in deviations."""
+        index = self.selectivity[:, 1:].double()
+        return (index - index.mean(0)) / (index.std(0, correction=0) + 1e-6)
 
     def drafters(self, count: int | None = None) -> tuple[tuple[int, ...], ...]:
         """For each scale its drafting layers: of all pairs of layer and scale the `count` of least standardised index.
 
         The first scale, which has no history, has none. count: default an eighth of the pairs.
         """
-        index = self.selectivity[:, 1:].double()
-        z = (index - index.mean(0)) / (index.var(0, correction=0) + 1e-12).sqrt()
+        z = self.standardised()
         count = z.numel() // 8 if count is None else count
+        if not 0 <= count <= z.numel():
+            raise ConfigError(f"Of {z.numel()} pairs of layer and scale from 0 to all may draft, not {count}.")
         chosen = torch.zeros(z.numel(), dtype=torch.bool)
         chosen[z.flatten().argsort(stable=True)[:count]] = True
         return ((), *(tuple(column.nonzero()[:, 0].tolist()) for column in chosen.view_as(z).T))
@@ -107,7 +121,8 @@ class Calibration:
         """The policy, with `share` of the heads contextual."""
         return HACK(self.contextual(share), tokens, attention)
 
-    def scalekv(self, tokens: int, drafters: int | None = None, compat: None = None) -> ScaleKV:
+    def scalekv(self, tokens: int, drafters: int | None = None,
+                compat: Literal["upstream"] | None = None) -> ScaleKV:
         """The policy, with so many drafting pairs of layer and scale."""
         return ScaleKV(self.drafters(drafters), tokens, compat=compat)
 

@@ -15,12 +15,13 @@ newest scale alone is over budget are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from vtc.errors import ConfigError
-from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged
+from vtc.generators.kv_cache.policy import Candidates, Heads, KVPolicy, Merged, as_heads, budget_from_ratio
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.storage import gather
 
@@ -55,6 +56,13 @@ class HACK(KVPolicy):
             raise ConfigError(f"HACK takes a contextual share up to 1 and at least one query, not "
                               f"{self.contextual_share} and {self.queries}.")
 
+    @classmethod
+    def from_ratio(cls, schedule: Schedule, ratio: float, of: Literal["stored", "all"] = "stored",
+                   **settings: Any) -> Self:
+        """of: "stored" is a budget of what stays, "all" one of what a step attends to, as in the paper's rates."""
+        kind = "tokens" if of == "stored" else "attention"
+        return cls(**{kind: budget_from_ratio(schedule, ratio, of)} | settings)
+
     def check(self, schedule: Schedule) -> None:
         if schedule.raster:
             raise ConfigError("HACK tells heads apart by how they see scales, and a raster model has none.")
@@ -76,7 +84,7 @@ class HACK(KVPolicy):
         count = sum(map(len, self.contextual))
         of_contextual = max(1, int(self.contextual_share * mean))
         if count in (0, total):
-            return of_contextual if contextual else mean
+            return mean
         of_structural = int((mean * total - of_contextual * count) / (total - count))
         if of_structural > seen:
             of_contextual, of_structural = (mean * total - seen * (total - count)) // count, seen
@@ -85,7 +93,7 @@ class HACK(KVPolicy):
     def heads(self, schedule: Schedule, layer: int) -> list[Heads]:
         contextual = sorted(self.contextual[layer])
         structural = [h for h in range(schedule.heads) if h not in contextual]
-        return [_as_slice(kind) for kind in (contextual, structural) if kind]
+        return [as_heads(kind) for kind in (contextual, structural) if kind]
 
     def budget(self, schedule: Schedule, layer: int, step: int) -> int:
         seen = schedule.starts[step + 1]
@@ -125,9 +133,9 @@ def structural_choice(candidates: Candidates, scores: Tensor, budget: int, initi
 
     Where the newest does not fit beside the first, its own best. scores: (B, h, n).
     """
-    steps = candidates.steps.expand_as(scores)
-    first, newest = steps < initial, steps == candidates.step
-    if int((first | newest).sum(-1).max()) <= budget:
+    schedule, step, steps = candidates.schedule, candidates.step, candidates.steps.expand_as(scores)
+    first, newest = steps < initial, steps == step
+    if schedule.starts[min(initial, step + 1)] + (candidates.new if step >= initial else 0) <= budget:
         return candidates.top(scores, budget, first | newest)
     return candidates.top(scores.masked_fill(~newest, -torch.inf), budget, first)
 
@@ -147,10 +155,3 @@ def merge_into(k: Tensor, v: Tensor, kept: Tensor) -> Merged:
         return (gather(x, kept).float().scatter_add(2, into, x * weight) / counts).to(x.dtype)
 
     return Merged(joined(k), joined(v))
-
-
-def _as_slice(heads: list[int]) -> Heads:
-    """Neighbours as a slice, which copies nothing (`permute_heads` of a model makes them neighbours)."""
-    if heads == list(range(heads[0], heads[-1] + 1)):
-        return slice(heads[0], heads[-1] + 1)
-    return torch.tensor(heads)

@@ -7,8 +7,8 @@ A policy is a dataclass of hyper-parameters in a file of its own. It sees one la
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -95,12 +95,13 @@ class Candidates:
     def top(self, scores: Tensor, count: int, always: Tensor | None = None) -> Tensor:
         """Indices (B, h, count), ascending, of the largest of the (B, h, n) scores; `always` (bool) come first.
 
-        Where there are no more than `count` keys, all. Raises ConfigError where `always` alone is too many.
+        Where there are no more than `count` keys, all. Raises ConfigError where `always` alone is too many; on a CPU
+        alone, for elsewhere the question would wait for the device at every step.
         """
         if self.batch_halves:
             scores = scores.unflatten(0, (2, -1)).mean(0).repeat(2, 1, 1)
         if always is not None:
-            if (most := int(always.sum(-1).max())) > count:
+            if always.device.type == "cpu" and (most := int(always.sum(-1).max())) > count:
                 raise ConfigError(f"A budget of {count} tokens cannot hold the {most} that must stay.")
             scores = scores.masked_fill(always, float("inf"))
         return scores.topk(min(count, self.count), dim=-1).indices.sort(-1).values
@@ -125,6 +126,17 @@ class KVPolicy:
     #: a policy that never drops a token: memory is then allocated once
     keeps_all: ClassVar[bool] = False
 
+    @classmethod
+    def from_ratio(cls, schedule: Schedule, ratio: float, of: Literal["stored", "all"] = "stored",
+                   **settings: Any) -> Self:
+        """With a budget of `ratio` of a model's tokens (`budget_from_ratio`), and other fields.
+
+        ConfigError where the policy has no budget of tokens.
+        """
+        if "tokens" not in {f.name for f in fields(cls)}:
+            raise ConfigError(f"{cls.__name__} has no budget of tokens that could be a share of them.")
+        return cls(**{"tokens": budget_from_ratio(schedule, ratio, of)} | settings)
+
     def check(self, schedule: Schedule) -> None:
         """Raise ConfigError, saying why, where the policy has no meaning for such a model or does not fit it."""
 
@@ -143,6 +155,13 @@ class KVPolicy:
     def stored(self, candidates: Candidates) -> Tensor | None:
         """Indices of the keys that stay for later steps, likewise, of those that were attended; never asked last."""
         return None
+
+
+def as_heads(numbers: list[int]) -> Heads:
+    """Of ascending numbers; of neighbours a slice, which copies nothing (`permute_heads` makes them neighbours)."""
+    if numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return slice(numbers[0], numbers[-1] + 1)
+    return torch.tensor(numbers)
 
 
 def check_budget(tokens: int, least: int, why: str) -> None:

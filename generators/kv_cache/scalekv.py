@@ -6,7 +6,8 @@ index of a calibration. What stays is chosen by a window: the middles of the pat
 
 `compat="upstream"` scores as the released code does: raw products without softmax, maximum over neighbours in the
 flattened sequence across rows and scales, windows off centre. The default scores by attention and averages over
-neighbours on the map.
+neighbours on the map. One fault of the released code is out of a cache's reach: the queries it scores with lack bias,
+norm, and rotation, while the keys have them. Here queries are those of the attention, in both forms.
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class ScaleKV(KVPolicy):
         if candidates.count <= budget:
             return None
         if self.compat == "upstream":
-            return upstream_selection(candidates.q, candidates.k, upstream_window(candidates, self.window), budget,
-                                      self.pool)
+            window = upstream_window(candidates.new, candidates.count, self.window).to(candidates.k.device)
+            return upstream_selection(candidates.q, candidates.k, window, budget, self.pool)
         window = candidates.centre_queries(self.window)
         scores = pooled_on_maps(candidates, candidates.attention(window).sum(2), self.pool)
         return candidates.top(scores, budget, candidates.among_new(window).expand_as(scores))
@@ -109,36 +110,34 @@ def pooled_on_maps(candidates: Candidates, scores: Tensor, side: int) -> Tensor:
     return total / count
 
 
-def upstream_window(candidates: Candidates, window: int) -> Tensor:
-    """Numbers of the released code's window queries: patches of whole cells from the first, their upper left middles.
+def upstream_window(tokens: int, keys: int, window: int) -> Tensor:
+    """Numbers, among all `keys`, of the window's: the upper left middles of patches of whole cells.
 
-    A map smaller than the grid gives the most recent queries.
+    tokens: of the current scale, the last of the keys, whose map the released code takes for a square. Where it cannot
+    be one, or the window is none, or the map is smaller than the window's grid, the most recent keys are the window.
     """
-    rows, columns = candidates.schedule.sizes[candidates.step]
-    return upstream_window_of(rows, columns, window).to(candidates.q.device)
-
-
-def upstream_window_of(rows: int, columns: int, window: int) -> Tensor:
-    """`upstream_window` of a rows x columns map."""
-    grid = math.isqrt(window)
-    if min(rows, columns) < grid:
-        return torch.arange(max(0, rows * columns - window), rows * columns)
-    y, x = (torch.arange(grid) * (n // grid) + (n // grid - 1) // 2 for n in (rows, columns))
-    return (y[:, None] * columns + x).flatten()
+    side, grid = math.isqrt(tokens), math.isqrt(window)
+    if side * side != tokens or grid * grid != window or side < grid:
+        return torch.arange(max(0, keys - window), keys)
+    at = torch.arange(grid) * (side // grid) + (side // grid - 1) // 2
+    return (at[:, None] * side + at).flatten() + keys - tokens
 
 
 def upstream_selection(q: Tensor, k: Tensor, window: Tensor, budget: int, pool: int,
                        pooling: Literal["max", "average"] = "max") -> Tensor:
     """The released `update_kv`: indices (B, h, budget), ascending, of (B, h, n, D) keys, the last m of them q's own.
 
-    window: numbers of window queries, whose keys stay. The products' sum is pooled along the sequence, and the window's
-    own keys count as minus infinity, which average pooling spreads to their neighbours.
+    window: of `upstream_window`, which stays; for one of its keys that is older than the queries the first query
+    stands in. The products' sum is pooled along the sequence, and the window's own keys count as minus infinity, which
+    average pooling spreads to their neighbours. A budget below the window, where upstream ends in an error, is refused.
     """
-    own = window + k.shape[2] - q.shape[2]
-    scores = (q[:, :, window] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).sum(2)
-    scores[:, :, own] = -torch.inf
+    if budget < len(window):
+        raise ConfigError(f"A budget of {budget} tokens cannot hold the {len(window)} of the window.")
+    queries = (window - (k.shape[2] - q.shape[2])).clamp(min=0)
+    scores = (q[:, :, queries] @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).sum(2)
+    scores[:, :, window] = -torch.inf
     pools = F.max_pool1d if pooling == "max" else F.avg_pool1d
     scores = pools(scores, pool, 1, pool // 2)
-    scores[:, :, own] = -torch.inf
-    best = scores.topk(budget - len(window), dim=-1).indices
-    return torch.cat([best, own.expand(*best.shape[:2], -1)], -1).sort(-1).values
+    scores[:, :, window] = -torch.inf
+    best = scores.topk(min(budget, k.shape[2]) - len(window), dim=-1).indices
+    return torch.cat([best, window.expand(*best.shape[:2], -1)], -1).sort(-1).values

@@ -50,7 +50,8 @@ class SnapKV(KVPolicy):
 class PyramidKV(SnapKV):
     """SnapKV with budgets that fall linearly from the first layer to the last. Cai et al. (2406.02069).
 
-    tokens: the mean over the layers. beta: the last layer gets the window and (tokens - window) / beta more.
+    tokens: the mean over the layers; where that is all there is to store, no layer drops any.
+    beta: the last layer gets the window and (tokens - window) / beta more.
     """
 
     beta: float = 20.0
@@ -61,6 +62,8 @@ class PyramidKV(SnapKV):
             raise ConfigError(f"PyramidKV's beta is at least 1, not {self.beta}.")
 
     def layer_tokens(self, schedule: Schedule, layer: int) -> int:
+        if self.tokens >= schedule.stored_tokens:
+            return self.tokens
         free = self.tokens - self.window
         least = free / self.beta
         most = 2 * free - least

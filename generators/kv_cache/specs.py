@@ -214,8 +214,14 @@ def _tokens(module: str, name: str) -> Callable[[Schedule, int | None, dict[str,
     def make(schedule: Schedule, amount: int | None, options: dict[str, Any], calibration: Any) -> KVPolicy:
         from importlib import import_module
 
+        from vtc.generators.kv_cache.wrappers import AtIntervals
+
+        assert amount is not None  # required
         kind = getattr(import_module(f"vtc.generators.kv_cache.{module}"), name)
-        return kind(tokens=amount, **options)
+        interval = options.pop("interval", 1)
+        # Between two drops there are up to interval - 1 tokens above the budget, which shall hold for those too.
+        policy = kind(tokens=amount - interval + 1, **options)
+        return policy if interval == 1 else AtIntervals(policy, interval)
 
     return make
 
@@ -262,21 +268,24 @@ def _adakv(schedule: Schedule, amount: int | None, options: dict[str, Any], cali
     base = SnapKV(amount, **options)
     # A fifth of the mean is every head's; the rest goes by need.
     least = max(base.window, round(0.2 * amount))
-    return AdaptiveHeads(base, head_budgets(calibration.variance, amount, least, groups))
+    return AdaptiveHeads(base, head_budgets(calibration.variance, amount, least, groups, schedule.stored_tokens))
 
 
 _SNAPKV = {"window": int, "pool": int}
+#: of raster models: tokens between two drops
+_INTERVAL = {"interval": int}
 #: name -> policy, in the order of papers
 POLICIES: dict[str, Kind] = {
     "full": Kind("everything but the last scale, which nothing reads: the same pictures", _full, None),
     "sliding": Kind("the newest K whole scales", _sliding, "scales", options={"condensed": int}),
     "streaming": Kind("the first and the newest tokens (StreamingLLM)", _tokens("sliding", "StreamingLLM"),
-                      options={"sinks": int}),
+                      options={"sinks": int} | _INTERVAL),
     "h2o": Kind("tokens with the most attention so far, and the newest (H2O)", _tokens("h2o", "H2O"),
-                options={"recent": float, "queries": int, "decay": float}),
-    "snapkv": Kind("tokens that a window of queries attends to (SnapKV)", _tokens("snapkv", "SnapKV"), options=_SNAPKV),
+                options={"recent": float, "queries": int, "decay": float} | _INTERVAL),
+    "snapkv": Kind("tokens that a window of queries attends to (SnapKV)", _tokens("snapkv", "SnapKV"),
+                   options=_SNAPKV | _INTERVAL),
     "pyramidkv": Kind("SnapKV, early layers with more than late ones (PyramidKV)", _tokens("snapkv", "PyramidKV"),
-                      options=_SNAPKV | {"beta": float}),
+                      options=_SNAPKV | {"beta": float} | _INTERVAL),
     "hack": Kind("two kinds of heads, of which one needs little (HACK)", _hack, calibrated=True,
                  options={"attention": Budget, "share": float, "contextual_share": float, "queries": int,
                           "initial": int, "merge": bool}),

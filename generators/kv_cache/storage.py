@@ -30,9 +30,26 @@ class MixedPrecision:
     def __post_init__(self) -> None:
         if not 0 < self.share < 1 or self.queries < 1:
             raise ConfigError(f"Mixed precision takes a share between 0 and 1 and at least one query, not {self}.")
+        for part in (self.fine, self.coarse):
+            check_uniform(part)
 
 
 Storage = Uniform | MixedPrecision
+
+
+def check_uniform(storage: Uniform) -> None:
+    """Raise ConfigError unless it is a way to store numbers."""
+    if not (storage in (None, "int8", "int4") or (isinstance(storage, torch.dtype) and storage.is_floating_point)):
+        raise ConfigError(f'Keys and values are stored in a float type of torch, "int8" or "int4", not {storage!r}.')
+
+
+def check_storage(storage: Storage, head_dim: int) -> None:
+    """Raise ConfigError unless vectors of so many numbers can be stored so."""
+    parts = (storage.fine, storage.coarse) if isinstance(storage, MixedPrecision) else (storage,)
+    for part in parts:
+        check_uniform(part)
+    if "int4" in parts and head_dim % 2:
+        raise ConfigError(f"Two numbers of 4 bits share a byte, and {head_dim} dimensions a head are odd: take int8.")
 
 
 class TokenBuffer:
@@ -41,10 +58,12 @@ class TokenBuffer:
     storage: None keeps the type that comes.
     capacity: tokens to allocate for at first.
     growth: where more come, memory is taken for all of them, or for this times what there was. 1 wastes none.
+    limit: tokens that there will never be more of, so that no more are grown for.
     """
 
-    def __init__(self, storage: Uniform = None, capacity: int = 0, growth: float = 1.5) -> None:
-        self.storage, self.capacity, self.growth, self.length = storage, capacity, growth, 0
+    def __init__(self, storage: Uniform = None, capacity: int = 0, growth: float = 1.5,
+                 limit: int | None = None) -> None:
+        self.storage, self.capacity, self.growth, self.limit, self.length = storage, capacity, growth, limit, 0
         self.values: Tensor | None = None
         self.steps: Tensor | None = None  # (B, h, n, 1) float16, of whole numbers alone
 
@@ -88,7 +107,8 @@ class TokenBuffer:
     def _room(self, old: Tensor | None, like: Tensor, tokens: int) -> Tensor:
         if old is not None and old.shape[2] >= tokens:
             return old
-        room = max(tokens, self.capacity) if old is None else max(tokens, int(old.shape[2] * self.growth))
+        grown = self.capacity if old is None else int(old.shape[2] * self.growth)
+        room = max(tokens, grown if self.limit is None else min(grown, self.limit))
         new = like.new_empty(*like.shape[:2], room, like.shape[3])
         if old is not None:
             new[:, :, : self.length] = old[:, :, : self.length]
@@ -103,23 +123,25 @@ class MixedBuffer:
 
     def __init__(self, storage: MixedPrecision) -> None:
         self.storage, self.length = storage, 0
+        self.dtype = torch.float32  # of what came last: what waits keeps it
         self.waiting: Tensor | None = None
         self.fine, self.coarse = TokenBuffer(storage.fine), TokenBuffer(storage.coarse)
         self.place: Tensor | None = None  # (B, h, n) where each token lies in fine and coarse, one after the other
 
     def append(self, x: Tensor) -> None:
         """Add (B, h, m, D) at the end."""
+        self.dtype = x.dtype
         self.waiting = x if self.length == 0 else torch.cat([self.read(x.dtype), x], 2)
         self.length, self.place = self.waiting.shape[2], None
 
     def take(self, indices: Tensor) -> None:
         """Keep the tokens `indices`, (m,) for all or (B | 1, h | 1, m), in this order."""
-        self.waiting = gather(self.read(torch.float32), indices)
+        self.waiting = gather(self.read(self.dtype), indices)
         self.length, self.place = indices.shape[-1], None
 
     def split(self, fine: Tensor) -> None:
         """Store the tokens `fine`, (B, h, m), finely and the others coarsely."""
-        x = self.read(torch.float32 if self.waiting is None else self.waiting.dtype)
+        x = self.read(self.dtype)
         coarse = torch.ones(x.shape[:3], dtype=torch.uint8, device=x.device).scatter(2, fine, 0)
         order = coarse.argsort(stable=True)  # the fine ones first; how many there are needs no look at the device
         self.fine, self.coarse = TokenBuffer(self.storage.fine), TokenBuffer(self.storage.coarse)
@@ -130,7 +152,7 @@ class MixedBuffer:
     def truncate(self, tokens: int) -> None:
         """Forget all but the first tokens."""
         if tokens < self.length:
-            self.take(torch.arange(tokens))
+            self.waiting, self.length, self.place = self.read(self.dtype)[:, :, :tokens].clone(), tokens, None
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """(B, h, n, D) in `dtype`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -72,14 +73,17 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_size", type=_whole, default=8, metavar="N", help="pictures drawn at once; default 8")
 
     draw = parser.add_argument_group("how tokens are drawn, by default as the model's folder says")
-    draw.add_argument("--cfg", type=float, metavar="W", help="weight of guidance; 1 is none")
+    draw.add_argument("--cfg", type=_number, nargs="+", metavar="W",
+                      help="weight of guidance, 1 is none; or one for each scale (token of a raster model)")
     draw.add_argument("--cfg_schedule", choices=("ramp", "constant"), help="from 1 up to W, or W at each step")
-    draw.add_argument("--temperature", type=float, metavar="T")
+    draw.add_argument("--cfg_layer", type=_layer, metavar="-I",
+                      help="of text-conditional models: guide the output of the I-th block from the end; 0: the logits")
+    draw.add_argument("--temperature", type=_number, metavar="T", help="above 1 more varied, below 1 likelier words")
     draw.add_argument("--top_k", type=int, metavar="K", help="only the K likeliest words; 0: all")
-    draw.add_argument("--top_p", type=float, metavar="P", help="only the likeliest words that add up to P; 0: all")
+    draw.add_argument("--top_p", type=_number, metavar="P", help="only the likeliest words that add up to P; 0: all")
     draw.add_argument("--size", metavar="SIZE", choices=("0.06M", "0.25M", "0.60M", "1M"),
                       help="of text-conditional models: 0.06M, 0.25M, 0.60M or 1M pixels")
-    draw.add_argument("--aspect", type=float, default=1.0, metavar="H/W",
+    draw.add_argument("--aspect", type=_number, default=1.0, metavar="H/W",
                       help="of text-conditional models: height over width; default 1")
     draw.add_argument("--speculative", type=_whole, metavar="AHEAD",
                       help="raster models with a draft: so many tokens are proposed at a time; the same distribution")
@@ -124,6 +128,21 @@ def _whole(text: str) -> int:
 def _seed(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no seed: a whole number from 0 up")
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number")
+
+
+def _layer(text: str) -> int:
+    if not re.fullmatch(r"0|-[0-9]{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no block from the end: -1 is the last one, 0 the logits")
     return int(text)
 
 
@@ -182,6 +201,8 @@ def _target(args: argparse.Namespace) -> Target | None:
         raise UsageError("--mask and --keep are about tokens that are given: say of what by --image or --given")
     if args.text_encoder and not args.prompt:
         raise UsageError("--text_encoder reads what --prompt says, and there is none")
+    if args.cfg_schedule and args.cfg and len(args.cfg) > 1:
+        raise UsageError("--cfg with a weight for each step is a schedule already: leave --cfg_schedule out")
     if args.speculative and (args.kv.name != "full" or args.kv.storage or args.given or args.image or args.previews):
         raise UsageError("--speculative takes tokens back, for which the cache has to keep all as it is: it goes with "
                          "neither --kv nor given tokens nor --previews")
@@ -220,9 +241,13 @@ def _settings(args: argparse.Namespace, generator: LoadedGenerator) -> tuple[Sam
     chosen = {k: v for k in ("temperature", "top_k", "top_p") if (v := getattr(args, k)) is not None}
     guidance = generator.guidance
     if args.cfg is not None:
-        guidance = replace(guidance, weight=args.cfg)
+        several = len(args.cfg) > 1
+        guidance = replace(guidance, weights=tuple(args.cfg) if several else (),
+                           **({} if several else {"weight": args.cfg[0]}))
     if args.cfg_schedule:
         guidance = replace(guidance, ramp=args.cfg_schedule == "ramp")
+    if args.cfg_layer is not None:
+        guidance = replace(guidance, layer=args.cfg_layer)
     return replace(generator.sampling, **chosen), guidance
 
 
@@ -275,12 +300,13 @@ def _estimate(args: argparse.Namespace) -> int:
     generator = load_generator(args.model, weights=False)
     _sized(args, generator)
     sampling, guidance = _settings(args, generator)
-    classes = args.classes or args.prompt or range(getattr(generator.model, "classes", 1))
-    batch = min(args.batch_size, args.number or len(classes))
+    count, text_tokens = _how_many(args, generator)
+    batch = min(args.batch_size, args.number or count)
     if args.speculative:
         batch = 1
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
-    found = estimate_memory(generator, batch, args.kv, sampling, guidance, dtype, height_to_width=args.aspect)
+    found = estimate_memory(generator, batch, args.kv, sampling, guidance, dtype, height_to_width=args.aspect,
+                            text_tokens=text_tokens)
     kept = args.calibration or (generator.folder and (generator.folder / CALIBRATION).is_file())
     if args.kv.needs_calibration and not kept and not args.quiet:
         say(f"{args.kv.name} needs a calibration; made on the way, that takes more memory than this.")
@@ -291,6 +317,20 @@ def _estimate(args: argparse.Namespace) -> int:
     else:
         emit(f"{args.model}, {batch} at a time, {args.kv}: {found}", sys.stdout)
     return DONE
+
+
+def _how_many(args: argparse.Namespace, generator: LoadedGenerator) -> tuple[int, int]:
+    """Pictures that --class, --prompt or --features ask for, one of each, and the tokens of a text."""
+    from vtc.generators.infinity import Infinity
+    from vtc.generators.memory import TEXT_TOKENS
+    from vtc.generators.text import load_features
+
+    model = generator.model
+    if args.features and isinstance(model, Infinity):
+        features, _ = load_features(args.features, model.text_width)
+        return len(features), features.shape[1]
+    named = args.classes or args.prompt
+    return len(named) if named else getattr(model, "classes", 1), TEXT_TOKENS
 
 
 @dataclass
