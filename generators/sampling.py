@@ -34,7 +34,9 @@ class Sampling:
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """(..., V) logits to the distribution that is drawn from, float32. ModelError where a logit is no number."""
-        logits = _numbers(logits).float() / self.temperature
+        logits = _numbers(logits).float()
+        if self.temperature != 1:  # the best word's logit first set to 0, which no temperature makes infinite
+            logits = (logits - logits.amax(-1, keepdim=True)) / max(self.temperature, 1e-30)
         limited = 0 < self.top_k < logits.shape[-1]
         if limited:
             best, order = logits.topk(self.top_k)
@@ -67,8 +69,11 @@ class Sampling:
 
 
 def _numbers(logits: Tensor) -> Tensor:
-    """The logits themselves. ModelError for NaN, over which a GPU's draw would end the process."""
-    if not logits.is_meta and logits.isnan().any():
+    """The logits themselves. ModelError for NaN and the like, over which a GPU's draw would end the process.
+
+    Single words of -inf are forbidden words and fine.
+    """
+    if not logits.is_meta and not logits.amax(-1).isfinite().all():
         raise ModelError("The model's logits are not numbers: its weights are damaged, or too large for this type.")
     return logits
 

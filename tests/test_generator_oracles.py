@@ -123,7 +123,8 @@ def test_var(depth: int, heads: int, sides: tuple[int, ...], shared: bool, l2: b
     steps = torch.tensor([i for i, s in enumerate(sides) for _ in range(s * s)])
     extra = {"lvl_1L": steps[None], "attn_bias_for_masking": torch.zeros(1, 1, len(steps), len(steps)),
              **{f"blocks.{i}.attn.zero_k_bias": torch.zeros(width) for i in range(depth)}}
-    model = from_state_dict(w | extra, **({} if l2 else {"heads": heads}))
+    settings: dict[str, Any] = {} if l2 else {"heads": heads}
+    model = from_state_dict(w | extra, **settings)
     assert (model.sides, model.heads, model.depth, model.classes) == (sides, heads, depth, 7)
     torch.manual_seed(1)
     tokenizer = VARVQVAE(24, 6, 32, (1, 1), 1, sides, attention=False, mid_attention=False).eval()

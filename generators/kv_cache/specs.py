@@ -271,9 +271,9 @@ def _adakv(schedule: Schedule, amount: int | None, options: dict[str, Any], cali
     return AdaptiveHeads(base, head_budgets(calibration.variance, amount, least, groups, schedule.stored_tokens))
 
 
-_SNAPKV = {"window": int, "pool": int}
+_SNAPKV: dict[str, type] = {"window": int, "pool": int}
 #: of raster models: tokens between two drops
-_INTERVAL = {"interval": int}
+_INTERVAL: dict[str, type] = {"interval": int}
 #: name -> policy, in the order of papers
 POLICIES: dict[str, Kind] = {
     "full": Kind("everything but the last scale, which nothing reads: the same pictures", _full, None),
