@@ -217,7 +217,11 @@ class Suite:
 
     def prepared(self, item: Item) -> Tensor:
         """The original as it was judged, (1, 3, H, W): for a picture in a report."""
-        return self._prepared(read_file(item.path), item)
+        return self._prepared(self.read(item), item)
+
+    def read(self, item: Item) -> bytes:
+        """The original's file."""
+        return read_file(item.path)
 
     def reconstructed(self, item: Item, method: Method, original: Tensor) -> Tensor | None:
         """The reconstruction as it was judged, (3, H, W)."""
@@ -238,7 +242,7 @@ class Suite:
     def _measured(self, item: Item) -> Outcome:
         outcome = Outcome(item)
         try:
-            data = read_file(item.path)
+            data = self.read(item)
         except VtcError as error:
             return self._failed(outcome, error)
         outcome.sha256 = hashlib.sha256(data).hexdigest()

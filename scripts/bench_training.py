@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             loop.train()
             task.before_step = before
         counted = marks[args.warmup :]
-        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in zip(counted, counted[1:], strict=False)]
+        steps = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counted)]
         rows[name] = statistics.median(wall for wall, _ in steps)
         rows[f"{name}_cpu"] = statistics.median(cpu for _, cpu in steps)
     rows["gib"] = (torch.cuda.max_memory_allocated() / 2**30 if gpu

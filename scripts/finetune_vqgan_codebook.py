@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from vtc.training.recipe import add_recipe_flags, parse_recipe_args, recipe_from
-from vtc.training.sources import add_data_flags, pictures_of
+from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,9 +27,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--codebook_size", type=int, required=True, help="words after clustering")
     parser.add_argument("--weighted", action="store_true", help="in K-means words count as often as they occur; "
                                                                 "default: each once, as published")
-    parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
-    parser.add_argument("--validation_data_dir", help="whole pictures to measure on; none: no validation")
-    parser.add_argument("--validation_split", default="val", help="of a pack or dataset (default: %(default)s)")
+    add_validation_flags(parser)
     add_data_flags(parser)
     add_recipe_flags(parser, CodebookTaskRecipe)
     return parse_recipe_args(parser, arguments)
@@ -41,21 +38,21 @@ def train(args: argparse.Namespace) -> None:
     from vtc.tokenizers.discriminators import PatchGAN
     from vtc.tokenizers.lpips import LPIPS
     from vtc.training.codebook_task import CodebookTask, CodebookTaskRecipe, clustered
-    from vtc.training.data import RandomCrops, validation_pictures
+    from vtc.training.data import RandomCrops
     from vtc.training.loop import Loop, make_accelerator, seed_everything
+    from vtc.training.validation import validation_of
 
     recipe = recipe_from(CodebookTaskRecipe, args)
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
     model = clustered(load_tokenizer(args.model), args.codebook_size, args.weighted, recipe.seed)
-    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
+    validation = validation_of(args, recipe.validation_limit, accelerator.device)
     backbone = cast(Any, recipe.perceptual_backbone)
     perceptual = LPIPS(backbone, args.lpips_weights) if recipe.perceptual_weight else None
     size = recipe.discriminator_channels, recipe.discriminator_layers
     critic = PatchGAN(*size, cast(Any, recipe.discriminator_norm)) if recipe.gan_weight else None
-    judge = LPIPS("alex", args.lpips_weights) if validation else None
     crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
-    task = CodebookTask(model, recipe, perceptual, critic, judge, validation)
+    task = CodebookTask(model, recipe, perceptual, critic, validation)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)
     if crops.broken:
         print(f"{crops.broken} pictures could not be read and were skipped.", file=sys.stderr)

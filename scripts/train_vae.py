@@ -20,14 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from vtc.errors import ConfigError, first_sentence
 from vtc.training.recipe import NameValue, add_recipe_flags, parse_recipe_args, read_config, recipe_from
-from vtc.training.sources import add_data_flags, pictures_of
+from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe, VAERecipe
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from vtc.tokenizers.scale_consistent_vae import ScaleConsistentVAE
     from vtc.training.vae import KLAutoencoder, PatchAutoencoder, VAETask
+    from vtc.training.validation import Validation
 
 OBJECTIVES: dict[str, type[VAERecipe]] = {"kl": KLRecipe, "scale_consistent": ScaleConsistentRecipe}
 
@@ -44,9 +43,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--alignment", choices=("upstream", "centered"), default="centered",
                         help="scale_consistent: upstream learns the published decoder's shift of one pixel, which "
                              "its weights need (default: %(default)s)")
-    parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
-    parser.add_argument("--validation_data_dir", help="whole pictures to measure on; none: no validation")
-    parser.add_argument("--validation_split", default="val", help="of a pack or dataset (default: %(default)s)")
+    add_validation_flags(parser)
     add_data_flags(parser)
     add_recipe_flags(parser, OBJECTIVES[objective_of(arguments)])
     return parse_recipe_args(parser, arguments)
@@ -113,7 +110,7 @@ def student_and_teacher(args: argparse.Namespace) -> tuple[ScaleConsistentVAE, S
     return student, teacher
 
 
-def task_of(args: argparse.Namespace, recipe: VAERecipe, validation: list[Tensor]) -> VAETask:
+def task_of(args: argparse.Namespace, recipe: VAERecipe, validation: Validation | None) -> VAETask:
     from vtc.tokenizers.discriminators import PatchGAN, SpectralDiscriminator
     from vtc.tokenizers.lpips import LPIPS
     from vtc.training.vae import KLTask, ScaleConsistentStudent, ScaleConsistentTask
@@ -132,13 +129,14 @@ def task_of(args: argparse.Namespace, recipe: VAERecipe, validation: list[Tensor
 
 
 def train(args: argparse.Namespace) -> None:
-    from vtc.training.data import RandomCrops, validation_pictures
+    from vtc.training.data import RandomCrops
     from vtc.training.loop import Loop, make_accelerator, seed_everything
+    from vtc.training.validation import validation_of
 
     recipe = recipe_from(OBJECTIVES[args.objective], args)
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
-    validation = validation_pictures(args.validation_data_dir, args.validation_split, recipe.validation_limit)
+    validation = validation_of(args, recipe.validation_limit, accelerator.device)
     crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
     task = task_of(args, recipe, validation)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)

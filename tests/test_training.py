@@ -24,6 +24,7 @@ from vtc.training.data import RandomCrops, image_files
 from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss, RandomView
 from vtc.training.tokenizer import MODELS, TokenizerRecipe, TokenizerTask, evaluate, make_tokenizer
+from vtc.training.validation import Validation
 
 NARROW = {"channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}  # f = 4
 VQGAN = {**NARROW, "z_channels": 8}
@@ -266,7 +267,7 @@ def test_validation_measures_whole_pictures(name):
     tokens = [model.encode(i[None]) for i in images]
     errors = [((model.decode(t) * 255).round() / 255 - i).square().mean() for t, i in zip(tokens, images, strict=True)]
     assert result["psnr"] == pytest.approx(sum(-10 * math.log10(e.item()) for e in errors) / 2, abs=1e-4)
-    task = TokenizerTask(model, recipe(resolution=32), judge=None, validation=images)
+    task = TokenizerTask(model, recipe(resolution=32), validation=Validation(images, []))
     grid = task.samples(model, 0)
     assert grid is not None and grid.shape == (4, 3, 32, 32)
     assert torch.equal(grid[0], images[0][:, 4:36, 12:44])

@@ -78,13 +78,18 @@ def find_checkpoint(output_dir: Path, wanted: str | Path) -> Path | None:
     return path
 
 
-def all_tensors(module: nn.Module) -> dict[str, Tensor]:
+def all_tensors(module: nn.Module, keep: bool = True) -> dict[str, Tensor]:
     """The state dict and the buffers that it leaves out, such as moving averages of a quantizer; on the CPU.
 
-    Of a sharded module, all processes ask together.
+    Of a sharded module, all processes ask together; those that do not `keep` the tensors get none.
     """
-    tensors = {**dict(module.named_buffers()), **module.state_dict()}
-    return {name: whole(tensor.detach()).cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    found: dict[str, Tensor] = {}
+    for name, tensor in {**dict(module.named_buffers()), **module.state_dict()}.items():
+        if isinstance(tensor, Tensor):
+            together = whole(tensor.detach(), keep)
+            if keep:
+                found[name] = together.cpu()
+    return found
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ what. A LocalVQ's whole family is another matter: `vtc.training.codebook` and `s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from vtc.tokenizers.codebook_finetuning import CodebookFinetuning
 from vtc.tokenizers.lpips import LPIPS
 from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
-from vtc.training.tokenizer import evaluate
+from vtc.training.validation import Validation
 
 
 @dataclass
@@ -63,18 +62,15 @@ class CodebookTask(Task):
     """A tokenizer with a smaller codebook.
 
     perceptual: LPIPS of the loss; discriminator: images in [-1, 1] to logits; either may be None.
-    judge: LPIPS of the validation; validation: whole pictures (3, H, W) in [0, 1].
     """
 
     def __init__(self, model: Tokenizer, recipe: CodebookTaskRecipe, perceptual: LPIPS | None = None,
-                 discriminator: nn.Module | None = None, judge: LPIPS | None = None, validation: Sequence[Tensor] = (),
-                 ) -> None:
-        self.recipe, self.judge, self.validation = recipe, judge, list(validation)
+                 discriminator: nn.Module | None = None, validation: Validation | None = None) -> None:
+        self.recipe, self.validation = recipe, validation
         self.tuning = CodebookFinetuning(model, perceptual, discriminator, perceptual_weight=recipe.perceptual_weight,
                                          adversarial_weight=recipe.gan_weight)
-        frozen = {"perceptual": perceptual, "judge": judge}
         super().__init__({"model": model} | ({} if discriminator is None else {"discriminator": discriminator}),
-                         {name: module for name, module in frozen.items() if module is not None})
+                         {} if perceptual is None else {"perceptual": perceptual})
         self._output: Tensor | None = None
 
     def losses(self, player: str, batch: Any, step: int) -> dict[str, Tensor]:
@@ -98,14 +94,13 @@ class CodebookTask(Task):
         self.tuning.train()
 
     def validate(self, average: nn.Module, step: int) -> dict[str, float]:
-        if not self.validation or self.judge is None:
-            return {}
-        return evaluate(cast(Tokenizer, average), self.validation, self.judge)
+        return {} if self.validation is None else self.validation.of_tokenizer(cast(Tokenizer, average))
 
     def samples(self, average: nn.Module, step: int) -> Tensor | None:
         """Originals, each beside its reconstruction, cut to the training crops' size."""
         side, model = self.recipe.resolution, cast(Tokenizer, average)
-        large = [v[:, :side, :side] for v in self.validation if min(v.shape[-2:]) >= side][:8]
+        pictures = [] if self.validation is None else self.validation.pictures
+        large = [v[:, :side, :side] for v in pictures if min(v.shape[-2:]) >= side][:8]
         if not large:
             return None
         images = torch.stack(large).to(next(model.parameters()).device)

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 
 from vtc.errors import ConfigError, ModelError
 from vtc.generators import infinity, llamagen, var
+from vtc.generators.blocks import FeedForward, SelfAttention
 from vtc.generators.patches import cells_of, fold
 from vtc.generators.pretrained import GenerationConfig, LoadedGenerator
 from vtc.generators.sampling import Guidance, Sampling, seeded
@@ -39,6 +40,9 @@ from vtc.training.token_shards import TokenShards
 
 #: parts of names of weights that are tables, positions or factors: weight decay would only pull them to nothing
 _NOT_DECAYED = ("position", "start", "level", "log_scale", "offsets", "query", "no_text")
+#: what --shard shares out of VAR and Infinity: not whole blocks, since what labels and texts do to all of them is
+#: computed before the first one
+_SHARDS = (SelfAttention, FeedForward, nn.Linear)
 
 
 @dataclass
@@ -156,6 +160,7 @@ class VARTask(_TokenTask):
     """
 
     blocks = (var.Block,)
+    shards = _SHARDS
 
     def __init__(self, model: var.VAR, tokenizer: MultiScaleTokenizer, recipe: GeneratorRecipe,
                  validation: TokenShards | None = None, config: GenerationConfig | None = None) -> None:
@@ -269,6 +274,7 @@ class InfinityTask(GeneratorTask):
     """
 
     blocks = (infinity.Block,)
+    shards = _SHARDS
 
     def __init__(self, model: infinity.Infinity, tokenizer: InfinityVAE, recipe: GeneratorRecipe,
                  scales: tuple[Grid, ...], validation: list[tuple[Tensor, Tensor, Tensor]] | None = None,

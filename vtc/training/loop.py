@@ -37,8 +37,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import (
-    DistributedType,
     InitProcessGroupKwargs,
+    ProjectConfiguration,
     is_tensorboard_available,
     is_wandb_available,
     send_to_device,
@@ -47,10 +47,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vtc.errors import ConfigError, FileError, TrainingError, VtcError
+from vtc.errors import ConfigError, FileError, TrainingError, VtcError, first_sentence
 from vtc.files import write_file
 from vtc.images import save_image
 from vtc.tokenizers.ranks import from_first_rank, is_parallel, mean_over_ranks
+from vtc.training.accelerate_config import follow_accelerate_config
 from vtc.training.checkpoints import (
     AVERAGE,
     all_checkpoints,
@@ -67,9 +68,11 @@ from vtc.training.recipe import Recipe, add_recipe_flags, flag, parse_recipe_arg
 from vtc.training.sharding import (
     check_sharding,
     clip_gradients,
-    cut_optimizer_state,
+    cut_state,
     is_sharded,
+    kinds_to_shard,
     local,
+    reshard,
     shard_blocks,
     split_groups,
     whole,
@@ -94,27 +97,33 @@ class Stopped(TrainingError):
 
 
 def make_accelerator(recipe: Recipe, output_dir: str | Path) -> Accelerator:
-    """The Accelerator of a recipe: its precision and trackers; the CPU where there is no GPU."""
+    """The Accelerator of a recipe: its precision and trackers; the CPU where there is no GPU.
+
+    What `accelerate launch` was configured to is taken over into the recipe, or refused by its name.
+    """
     trackers = {"none": [], "auto": ["tensorboard"] if is_tensorboard_available() else [],
                 "tensorboard": ["tensorboard"], "wandb": ["wandb"], "all": ["tensorboard", "wandb"]}[recipe.report_to]
     for name, there in (("tensorboard", is_tensorboard_available()), ("wandb", is_wandb_available())):
         if name in trackers and not there:
-            raise ConfigError(f"--report_to {recipe.report_to} needs the package {name}; pip install {name}.")
+            raise ConfigError(f"--report_to {recipe.report_to} needs the package {name}, which is not installed: pip "
+                              f"install {name}, or --report_to none.")
+    differences = follow_accelerate_config(recipe)
     on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
     if recipe.mixed_precision == "fp16" and on_cpu:
-        raise ConfigError("--mixed_precision fp16 needs a GPU; take bf16 or no.")
+        raise ConfigError("--mixed_precision fp16 needs a GPU: here, take bf16 or no.")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != recipe.mixed_precision:
         AcceleratorState._reset_state()  # an earlier run in this process had another precision
     try:
         # the other processes wait while the main one validates, which may take longer than the usual ten minutes
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=4))
+        folders = ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "logs"))
         accelerator = Accelerator(mixed_precision=recipe.mixed_precision, cpu=on_cpu, log_with=trackers or None,
-                                  project_dir=str(output_dir), kwargs_handlers=[patience])
-    except ValueError as error:
+                                  project_config=folders, kwargs_handlers=[patience])
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"Accelerate refuses this configuration: {' '.join(str(error).split())}") from error
-    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.FSDP):
-        raise ConfigError(f"This loop shares weights out by itself, not by {accelerator.distributed_type}; choose "
-                          "plain multi-GPU in accelerate config, and --shard for models that no GPU holds alone.")
+    if accelerator.is_main_process:
+        for sentence in differences:
+            tqdm.write(sentence, file=sys.stderr)
     return accelerator
 
 
@@ -195,12 +204,14 @@ class Loop:
         self._unsharded: nn.Module | None = None
         if recipe.shard:
             check_sharding(recipe.mixed_precision)
-            self._unsharded = deepcopy(task.model).cpu()  # what a finished model is written from
+            shards = kinds_to_shard(task.model, task.shards or task.blocks, recipe.shard_classes)
+            if accelerator.is_main_process:
+                self._unsharded = deepcopy(task.model).cpu()  # what a finished model is written from
         if recipe.gradient_checkpointing:
             checkpoint_activations(task.model, task.blocks)
         if recipe.shard:
             for module in (*task.players.values(), *([self.average.module] if self.average else [])):
-                shard_blocks(module, task.blocks, accelerator.device)
+                shard_blocks(module, shards, accelerator.device, recipe.reshard_after_forward)
         self._trained = {name: [p for p in player.parameters() if p.requires_grad]
                          for name, player in task.players.items()}
         for name, parameters in self._trained.items():
@@ -226,8 +237,10 @@ class Loop:
         if resume:
             self.resume(resume)
         average = self.train()
-        if self._unsharded is not None:
-            set_tensors(self._unsharded, all_tensors(average), "the model")
+        if self.recipe.shard:
+            tensors = all_tensors(average, keep=self._unsharded is not None)
+            if self._unsharded is not None:
+                set_tensors(self._unsharded, tensors, "the model")
         if self.accelerator.is_main_process:
             try:
                 self.task.save(self._unsharded or average, self.output_dir / "model")
@@ -269,13 +282,17 @@ class Loop:
                         name = signal.Signals(stopped).name
                         raise Stopped(f"{name}: stopped at step {self.step} of {recipe.total_steps}, with a "
                                       "checkpoint; go on with --resume_from_checkpoint latest.", stopped)
-        except RuntimeError as error:  # torch tells of a dead reader by a signal, wherever the run is at that moment
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(_dead_worker(error, self.position)) from error
+        except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # told by a signal, wherever the run is at that moment
+                raise TrainingError(_dead_worker(error, self.position)) from error
+            if recipe.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+                raise TrainingError(f"torch.compile failed: {first_sentence(error)}; leave --compile out.") from error
+            raise
         finally:
             batches.close()
-            self.accelerator.end_training() if self.accelerator.trackers else None
+            for tracker in self.accelerator.trackers:  # Accelerate's end_training would end the process group as well
+                tracker.finish()
+            self.accelerator.trackers.clear()
         return self.averaged.eval()
 
     def _one_step(self, batches: Iterator[Any]) -> None:
@@ -400,25 +417,32 @@ class Loop:
     # ---- watching ---------------------------------------------------------------------------------------------------
 
     def _flush(self) -> dict[str, float]:
-        """The means of the terms since the last time; TrainingError where one of them was no number."""
+        """The means of the terms since the last time; TrainingError where one of them was no number.
+
+        In float16 steps whose gradients are beyond its range are left out by the loss scale, which they make smaller;
+        only many of them in a row are an error. `skipped_steps` says how many, and the means leave them out.
+        """
         pending, self._pending = self._pending, []
         if not pending:
             return {}
         flat = mean_over_ranks(torch.stack([value for _, terms in pending for value in terms.values()])).tolist()
-        values, sums = iter(flat), dict[str, list[float]]()
+        values, sums, skipped = iter(flat), dict[str, list[float]](), 0
         for step, terms in pending:
             bad = ""
             for name in terms:
                 value = next(values)
-                sums.setdefault(name, []).append(value)
-                if not math.isfinite(value):
+                if math.isfinite(value):
+                    sums.setdefault(name, []).append(value)
+                else:
                     bad = bad or f"{name} is {value}"
             self._bad_steps = self._bad_steps + 1 if bad else 0
+            skipped += bool(bad)
             if bad and (self.scaler is None or self._bad_steps > FP16_PATIENCE):
                 raise TrainingError(f"Step {step} has no finite loss or gradient: {bad}. Go on from the last "
                                     "checkpoint, which is from before it (--resume_from_checkpoint latest), with a "
                                     "lower --learning_rate or --mixed_precision no.")
-        return {name: sum(of_term) / len(of_term) for name, of_term in sums.items()}
+        means = {name: sum(of_term) / len(of_term) for name, of_term in sums.items()}
+        return means if self.scaler is None else {**means, "skipped_steps": float(skipped)}
 
     def _log(self, bar: Any) -> None:
         recipe, (then, step) = self.recipe, self._since
@@ -430,6 +454,8 @@ class Loop:
         rate = (self.step - step) * recipe.train_batch_size * recipe.gradient_accumulation_steps * self.ranks
         facts = {**terms, **report, "learning_rate": recipe.learning_rate_at(self.step - 1),
                  "samples_per_second": rate / max(now - then, 1e-9)}
+        if self.scaler is not None:
+            facts["loss_scale"] = self.scaler.get_scale()
         if self.accelerator.device.type == "cuda":
             facts["gigabytes"] = torch.cuda.max_memory_allocated() / 2**30
         if self.accelerator.is_main_process:
@@ -458,6 +484,8 @@ class Loop:
             with torch.no_grad():
                 result = self.task.validate(model, self.step)
                 pictures = self.task.samples(model, self.step)
+            if self.recipe.shard:
+                reshard(model)
         if main:
             if result:
                 facts = {"step": self.step, "seconds": round(time.perf_counter() - self._started), **result}
@@ -506,7 +534,8 @@ class Loop:
             raise TrainingError(not_written("The recipe", self.output_dir, error)) from error
         if self.accelerator.log_with and not self.accelerator.trackers:
             config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.recipe).items()}
-            self.accelerator.init_trackers("logs", config=config)
+            about = {"wandb": {"name": self.output_dir.name, "dir": str(self.output_dir)}}
+            self.accelerator.init_trackers(self.recipe.tracker_project_name, config=config, init_kwargs=about)
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -515,10 +544,10 @@ class Loop:
         self.accelerator.wait_for_everyone()
         main = self.accelerator.is_main_process
         if main or self.recipe.shard:
-            modules = {name: all_tensors(player) for name, player in self.task.players.items()}
+            modules = {name: all_tensors(player, main) for name, player in self.task.players.items()}
             if self.average is not None:
-                modules[AVERAGE] = all_tensors(self.average.module)
-            training = {"optimizers": whole({name: o.state_dict() for name, o in self.optimizers.items()}),
+                modules[AVERAGE] = all_tensors(self.average.module, main)
+            training = {"optimizers": whole({name: o.state_dict() for name, o in self.optimizers.items()}, main),
                         "scaler": None if self.scaler is None else self.scaler.state_dict(),
                         "task": self.task.state_dict()}
         if main:
@@ -547,8 +576,8 @@ class Loop:
                 continue
             set_tensors(player, modules[name], f"{path.name}/{name}")
             try:
-                self.optimizers[name].load_state_dict(training["optimizers"][name])
-                cut_optimizer_state(self.optimizers[name])
+                optimizer = self.optimizers[name]
+                optimizer.load_state_dict(cut_state(optimizer, training["optimizers"][name]))
             except (ValueError, KeyError) as error:
                 raise TrainingError(f"The optimizer of {name!r} in {path} is of another model: {error}.") from error
         if self.average is not None:
@@ -564,7 +593,8 @@ class Loop:
             for log in (LOG, VALIDATION):
                 forget_after(self.output_dir / log, self.step)
         now = json.loads(json.dumps(asdict(self.recipe)))
-        changed = [f"{k} {state['recipe'].get(k)} -> {v}" for k, v in now.items() if state["recipe"].get(k) != v]
+        before = state["recipe"]
+        changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if k in before and before[k] != v]
         self._say(f"Going on from {path.name}" + (f", with {', '.join(changed)}." if changed else "."))
         return True
 

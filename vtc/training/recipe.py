@@ -61,9 +61,12 @@ class Recipe:
     logging_steps: int = flag(20, "steps between lines of the log, and looks at whether the loss is a number")
     report_to: str = flag("auto", "tracker beside train.jsonl; auto: TensorBoard where it is installed",
                           ("auto", "none", "tensorboard", "wandb", "all"))
+    tracker_project_name: str = flag("vtc", "project of wandb; folder of TensorBoard below OUTPUT_DIR/logs")
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory")
     compile: bool = flag(False, "torch.compile the players")
     shard: bool = flag(False, "share the weights of the model's blocks out over the processes (FSDP 2)")
+    reshard_after_forward: bool = flag(True, "with --shard, let whole weights go between the passes: less memory")
+    shard_classes: tuple[str, ...] = flag((), "with --shard, classes of the blocks; default: those that the task knows")
     collapse_usage: float = flag(0.01, "a codebook of which a smaller share is used is said to have collapsed")
     stop_on_collapse: bool = flag(False, "stop then, instead of saying so")
 
@@ -103,7 +106,8 @@ class Recipe:
 
 #: flags that change what is seen of a run, and not its result
 _SEEN = ("checkpointing_steps", "checkpoints_total_limit", "validation_steps", "logging_steps", "report_to", "compile",
-         "gradient_checkpointing", "shard", "dataloader_num_workers", "collapse_usage", "stop_on_collapse")
+         "gradient_checkpointing", "shard", "reshard_after_forward", "shard_classes", "dataloader_num_workers",
+         "collapse_usage", "stop_on_collapse", "tracker_project_name")
 
 
 def result_settings(recipe: Recipe) -> dict[str, Any]:

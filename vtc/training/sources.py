@@ -276,6 +276,18 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train_split", default="train", help="of a dataset or pack (default: %(default)s)")
 
 
+def add_validation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of `vtc.training.validation.validation_of`, and the weights of LPIPS, in a loss as well."""
+    parser.add_argument("--validation_data_dir", help="whole pictures to measure on; none: no validation")
+    parser.add_argument("--validation_split", default="val", help="of a pack or dataset (default: %(default)s)")
+    parser.add_argument("--validation_metrics", nargs="+", metavar="NAME",
+                        default=["psnr", "ssim", "lpips_alex", "lattice", "codebook"],
+                        help="as of vtc-eval --metrics; those whose weights are not there are left out, fid and "
+                             "fd_alexnet want thousands of pictures (default: %(default)s)")
+    parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
+    parser.add_argument("--fid_weights", type=Path, help="FID's Inception: file or folder; default VTC_FID_WEIGHTS")
+
+
 def pictures_of(args: argparse.Namespace) -> Pictures:
     """The training pictures that the flags name."""
     where = args.train_data_dir or args.dataset_name

@@ -23,11 +23,14 @@ class Task:
     frozen: networks that are only asked (LPIPS, a teacher): moved to the device, in eval mode, without gradients.
     blocks: kinds of modules whose activations `--gradient_checkpointing` computes again, in models that have no method
         of their own for it.
+    shards: kinds of modules whose weights `--shard` shares out over the processes, where these are not the blocks: what
+        is used of them is their forward pass, and nothing else.
     """
 
     players: dict[str, nn.Module]
     frozen: dict[str, nn.Module]
     blocks: tuple[type[nn.Module], ...] = ()
+    shards: tuple[type[nn.Module], ...] = ()
 
     def __init__(self, players: dict[str, nn.Module], frozen: dict[str, nn.Module] | None = None) -> None:
         self.players, self.frozen = players, frozen or {}

@@ -11,9 +11,9 @@ Images are in [0, 1] in every term, where L1 is half, and L2 a quarter, of what 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
-from vtc.eval.lattice import error_spectrum, lattice_ratio
+from vtc.eval.measures import build
+from vtc.int8 import train_quantized, trained_quantized
 from vtc.tokenizers.base import Quantized, Tokenizer
 from vtc.tokenizers.classes import TOKENIZER_CLASSES
-from vtc.tokenizers.codebook_stats import MAX_WORDS, CodebookStatistics
+from vtc.tokenizers.codebook_stats import MAX_WORDS
 from vtc.tokenizers.composed import called
 from vtc.tokenizers.discriminators import BlurPatchGAN, PatchGAN, SpectralDiscriminator
 from vtc.tokenizers.layers import AttnBlock, MultiScaleTokenizer, ResBlock
@@ -44,6 +45,7 @@ from vtc.training.perceptual import PerceptualLoss
 from vtc.training.recipe import Recipe
 from vtc.training.task import Task
 from vtc.training.tokenizer_recipe import TokenizerRecipe
+from vtc.training.validation import CountedWords, Validation, lpips_by
 
 __all__ = ["MODELS", "Critic", "TokenizerRecipe", "TokenizerTask", "evaluate", "make_critic", "make_tokenizer"]
 
@@ -59,35 +61,13 @@ START_SHARE = 64
 FROZEN_IN_STAGE_2 = ("encoder", "quant_conv", "quantizer")
 
 
-@torch.no_grad()
 def evaluate(model: Tokenizer, images: Sequence[Tensor], judge: LPIPS) -> dict[str, float]:
     """Mean PSNR (dB), LPIPS, lattice ratio, and use of the codebook over whole images (3, H, W) in [0, 1].
 
     Usage and entropy are means over the groups of a code.
     """
-    psnr, lpips, spectra = [], [], []
-    device = next(model.parameters()).device
-    statistics: CodebookStatistics | None = None
-    for number, image in enumerate(images):
-        image = image[None].to(device)
-        tokens = model.encode(image)
-        output = model.decode(tokens, torch.Generator(device).manual_seed(number))
-        output = (output * 255).round() / 255
-        psnr.append(-10 * math.log10(max((output - image).square().mean().item(), 1e-10)))
-        lpips.append(judge(output, image).item())
-        spectra.append(error_spectrum(image.cpu(), output.cpu(), model.downsample))
-        if sum(tokens.layout.vocab) <= MAX_WORDS:
-            statistics = statistics or CodebookStatistics(tokens.layout.vocab)
-            statistics.update(tokens)
-    result = {"psnr": sum(psnr) / len(psnr), f"lpips_{judge.backbone}": sum(lpips) / len(lpips)}
-    spectrum = torch.stack(spectra).sum(0)
-    if spectrum.any():  # no picture may have been large enough
-        result["lattice_ratio"] = lattice_ratio(spectrum, model.downsample)
-    if statistics is not None:
-        result |= {"codebook_entropy_bits": statistics.entropy_bits().mean().item(),
-                   "codebook_perplexity": statistics.perplexity().mean().item(),
-                   "codebook_usage": statistics.usage().mean().item()}
-    return result
+    measures = [build("psnr"), lpips_by(judge), build("lattice"), CountedWords()]
+    return Validation(images, measures, str(next(judge.parameters()).device)).of_tokenizer(model)
 
 
 def make_tokenizer(name: str, arguments: dict[str, Any]) -> Tokenizer:
@@ -127,25 +107,28 @@ def make_critic(recipe: TokenizerRecipe) -> Critic | None:
 class TokenizerTask(Task):
     """A tokenizer and, where the recipe has an adversarial term, a discriminator.
 
-    perceptual: LPIPS of the loss, None where its weight is 0. judge: LPIPS of the validation.
-    validation: whole pictures (3, H, W) in [0, 1].
+    perceptual: LPIPS of the loss, None where its weight is 0.
     """
 
-    blocks = (ResBlock, AttnBlock, Block)
+    blocks: tuple[type[nn.Module], ...] = (ResBlock, AttnBlock, Block)
 
     def __init__(self, model: Tokenizer, recipe: TokenizerRecipe, perceptual: LPIPS | None = None,
-                 judge: LPIPS | None = None, validation: Sequence[Tensor] = ()) -> None:
+                 validation: Validation | None = None) -> None:
         if recipe.perceptual_weight and perceptual is None:
             raise ConfigError("The recipe has a --perceptual_weight; it needs the weights of LPIPS.")
         critic = make_critic(recipe)
         views: nn.Module | None = perceptual
         if perceptual is not None and recipe.random_views:
             views = PerceptualLoss(perceptual)
-        frozen = {"perceptual": views, "judge": judge}
         super().__init__({"model": model} | ({} if critic is None else {"discriminator": critic}),
-                         {name: module for name, module in frozen.items() if module is not None})
-        self.recipe, self.tokenizer, self.validation = recipe, model, list(validation)
+                         {} if views is None else {"perceptual": views})
+        self.recipe, self.tokenizer, self.validation = recipe, model, validation
+        # diffusers' own, in a DiffusersVQ; it is not imported for the others
+        self.blocks = (*self.blocks, *{type(m) for m in model.modules() if type(m).__name__ == "ResnetBlock2D"})
         self.quantizer = cast(Any, model.quantizer)
+        cast(Any, model).int8_weights = frozenset()  # this run decides, not the one that the model is from
+        if recipe.int8:
+            train_quantized(model)
         if recipe.stage2:
             for name in FROZEN_IN_STAGE_2:
                 getattr(model, name, nn.Identity()).requires_grad_(False)
@@ -313,16 +296,16 @@ class TokenizerTask(Task):
     # ---- looking at it ----------------------------------------------------------------------------------------------
 
     def validate(self, average: nn.Module, step: int) -> dict[str, float]:
-        if not self.validation or "judge" not in self.frozen or step < self.continuous_steps:
+        if self.validation is None or step < self.continuous_steps:
             return {}
-        pictures = self.validation[: self.recipe.validation_limit or None]
-        return evaluate(cast(Tokenizer, average), pictures, cast(LPIPS, self.frozen["judge"]))
+        return self.validation.of_tokenizer(cast(Tokenizer, average))
 
     def samples(self, average: nn.Module, step: int) -> Tensor | None:
         """Originals, each beside its reconstruction."""
         side, model = self.recipe.resolution, cast(Tokenizer, average)
         device = next(model.parameters()).device
-        large = [v for v in self.validation if min(v.shape[-2:]) >= side][:8]
+        pictures = [] if self.validation is None else self.validation.pictures
+        large = [v for v in pictures if min(v.shape[-2:]) >= side][:8]
         if large:
             images = torch.stack([v[:, (v.shape[1] - side) // 2 :, (v.shape[2] - side) // 2 :][:, :side, :side]
                                   for v in large]).to(device)
@@ -337,6 +320,9 @@ class TokenizerTask(Task):
 
     def state_dict(self) -> dict[str, Any]:
         return {"warm": self._warm, "counts": self._counts}
+
+    def save(self, average: nn.Module, directory: Path) -> None:
+        super().save(trained_quantized(average) if self.recipe.int8 else average, directory)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device = next(self.tokenizer.parameters()).device

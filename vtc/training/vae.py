@@ -12,7 +12,6 @@ Images are in [0, 1] at the border and in [-1, 1] within, where the published we
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -21,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vtc.errors import ConfigError
-from vtc.eval.psnr import peak_signal_noise_ratio
-from vtc.eval.ssim import structural_similarity
 from vtc.tokenizers.base import Latents
 from vtc.tokenizers.diffusers_adapters import AutoencoderKL, ScaleConsistentVAE
 from vtc.tokenizers.equivariance import draw_transform, scale_and_turn
@@ -34,11 +31,16 @@ from vtc.tokenizers.losses import (
     hinge_generator_loss,
     scale_consistency_loss,
 )
-from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.patch_vae import PatchVAE, Residual
 from vtc.tokenizers.ranks import is_parallel
+from vtc.torchvision_guard import ensure_torchvision_imports
 from vtc.training.task import Task
 from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe, VAERecipe
+from vtc.training.validation import Validation
+
+ensure_torchvision_imports()  # diffusers imports torchvision where it is installed
+
+from diffusers.models.resnet import ResnetBlock2D  # noqa: E402
 
 # ---- networks -------------------------------------------------------------------------------------------------------
 
@@ -163,17 +165,17 @@ class VAETask(Task):
 
     model: from images to reconstructions, with `last_layer`, `save`. discriminator: None for no adversarial term.
     perceptual: LPIPS or another distance of images in [0, 1], (B,); None for none.
-    validation: whole pictures (3, H, W) in [0, 1] to measure on.
     """
 
     recipe: VAERecipe
+    blocks = (Residual, ResnetBlock2D)
 
     def __init__(self, model: nn.Module, recipe: VAERecipe, discriminator: nn.Module | None,
-                 perceptual: nn.Module | None, validation: Sequence[Tensor] = (),
+                 perceptual: nn.Module | None, validation: Validation | None = None,
                  frozen: dict[str, nn.Module] | None = None) -> None:
         players = {"vae": model} if discriminator is None else {"vae": model, "discriminator": discriminator}
         super().__init__(players, {**(frozen or {}), **({} if perceptual is None else {"perceptual": perceptual})})
-        self.perceptual, self.validation = perceptual, list(validation)
+        self.perceptual, self.validation = perceptual, validation
 
     def _reconstruction_terms(self, output: Tensor, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """(weighted terms, the unweighted distance that the adversarial term is balanced with)."""
@@ -189,40 +191,22 @@ class VAETask(Task):
     def save(self, average: nn.Module, directory: Path) -> None:
         cast(Any, average).save(directory)
 
-    @torch.no_grad()
     def validate(self, average: nn.Module, step: int) -> dict[str, float]:
-        """PSNR (dB) and SSIM of 8-bit reconstructions, and LPIPS where it is trained with."""
-        if not self.validation:
+        """Of reconstructions from the means of the posteriors."""
+        if self.validation is None:
             return {}
-        psnr, ssim, distance = [], [], []
-        for image, output in zip(self.validation, self._reconstructed(average), strict=True):
-            target = image[None].to(output)
-            psnr.append(float(peak_signal_noise_ratio(output, target, data_range=1.0)))
-            ssim.append(float(structural_similarity(output, target, data_range=1.0)))
-            if isinstance(self.perceptual, LPIPS):
-                distance.append(float(self.perceptual(output, target)))
-        result = {"psnr": sum(psnr) / len(psnr), "ssim": sum(ssim) / len(ssim)}
-        if isinstance(self.perceptual, LPIPS):
-            result[f"lpips_{self.perceptual.backbone}"] = sum(distance) / len(distance)
-        return result
+        return self.validation.of_autoencoder(cast(Any, average).reconstruct, next(average.parameters()).device)
 
     @torch.no_grad()
     def samples(self, average: nn.Module, step: int) -> Tensor | None:
         """The first pictures above what became of them, cut to the smallest of them."""
-        shown = self.validation[:4]
+        shown = [] if self.validation is None else self.validation.pictures[:4]
         if not shown:
             return None
         height, width = (min(image.shape[axis] for image in shown) for axis in (1, 2))
-        made = [output[0, :, :height, :width].cpu()
-                for output, _ in zip(self._reconstructed(average), shown, strict=False)]
-        return torch.stack([image[:, :height, :width] for image in shown] + made)
-
-    def _reconstructed(self, average: nn.Module) -> Iterator[Tensor]:
-        """(1, 3, H, W) of each validation picture, in [0, 1] and of 256 levels, from the mean of its posterior."""
         device = next(average.parameters()).device
-        for image in self.validation:
-            output = cast(Any, average).reconstruct(image[None].to(device))
-            yield (output * 255).round_().div_(255)
+        made = [cast(Any, average).reconstruct(image[None].to(device))[0, :, :height, :width].cpu() for image in shown]
+        return torch.stack([image[:, :height, :width] for image in shown] + made)
 
 
 class KLTask(VAETask):
@@ -232,10 +216,9 @@ class KLTask(VAETask):
     """
 
     recipe: KLRecipe
-    blocks = (Residual,)
 
     def __init__(self, model: KLAutoencoder | PatchAutoencoder, recipe: KLRecipe, discriminator: nn.Module | None,
-                 perceptual: nn.Module | None, validation: Sequence[Tensor] = ()) -> None:
+                 perceptual: nn.Module | None, validation: Validation | None = None) -> None:
         self.recipe = recipe
         super().__init__(model, recipe, discriminator, perceptual, validation)
         self._images = self._output = torch.zeros(0)  # of the model's turn, for the discriminator's
@@ -287,7 +270,7 @@ class ScaleConsistentTask(VAETask):
     recipe: ScaleConsistentRecipe
 
     def __init__(self, student: ScaleConsistentStudent, teacher: ScaleConsistentVAE, recipe: ScaleConsistentRecipe,
-                 discriminator: nn.Module | None, perceptual: nn.Module | None, validation: Sequence[Tensor] = (),
+                 discriminator: nn.Module | None, perceptual: nn.Module | None, validation: Validation | None = None,
                  ) -> None:
         self.recipe, self.teacher = recipe, teacher
         super().__init__(student, recipe, discriminator, perceptual, validation, {"teacher": cast(nn.Module, teacher)})
