@@ -21,7 +21,7 @@ from vtc.generators.kv_cache.scalekv import ScaleKV
 from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
 from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
-from vtc.generators.kv_cache.wrappers import AdaptiveHeads, PerLayer, head_budgets
+from vtc.generators.kv_cache.wrappers import AdaptiveHeads, AtIntervals, PerLayer, head_budgets
 from vtc.generators.llamagen import LlamaGen
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.generators.var import VAR
@@ -118,6 +118,10 @@ def _needs(schedule: Schedule) -> Tensor:
     return torch.rand(schedule.layers, schedule.heads, generator=torch.Generator().manual_seed(1)) + 0.1
 
 
+def _head_budgets(schedule: Schedule, tokens: int) -> tuple[tuple[int, ...], ...]:
+    return head_budgets(_needs(schedule), tokens, 5, 2, schedule.stored_tokens)
+
+
 #: name -> a policy with a budget of so many tokens (a mean, where heads differ)
 POLICIES: dict[str, Callable[[Schedule, int], KVPolicy]] = {
     "full": lambda s, b: Full(),
@@ -125,20 +129,28 @@ POLICIES: dict[str, Callable[[Schedule, int], KVPolicy]] = {
     "streaming": lambda s, b: StreamingLLM(b, 4),
     "h2o": lambda s, b: H2O(b, queries=8),
     "snapkv": lambda s, b: SnapKV(b, window=4),
-    "pyramidkv": lambda s, b: PyramidKV(b if b < s.stored_tokens else 40 * b, window=4),
-    "hack": lambda s, b: HACK(_contextual(s), tokens=b, contextual_share=0.5 if b < s.stored_tokens else 1.0),
+    "pyramidkv": lambda s, b: PyramidKV(b, window=4),
+    "hack": lambda s, b: HACK(_contextual(s), tokens=b, contextual_share=0.5),
     "hack-attention": lambda s, b: HACK(_contextual(s), attention=b if b < s.stored_tokens else s.all_tokens,
-                                        contextual_share=0.5 if b < s.stored_tokens else 1.0),
+                                        contextual_share=0.5),
     "hack-both": lambda s, b: HACK(_contextual(s), tokens=b, attention=b + 8 if b < s.stored_tokens else s.all_tokens,
-                                   contextual_share=0.5 if b < s.stored_tokens else 1.0),
+                                   contextual_share=0.5),
     "scalekv": lambda s, b: ScaleKV(_drafters(s), b, window=4),
     "scalekv-line": lambda s, b: ScaleKV(_drafters(s), b, b, 1, window=4),
     "scalekv-upstream": lambda s, b: ScaleKV(_drafters(s), b, window=4, compat="upstream"),
     "heatkv": lambda s, b: HeatKV(_heat(s), b, protected=2),
     "per-layer": lambda s, b: PerLayer((StreamingLLM(b, 4), *(H2O(b, queries=8) for _ in range(s.layers - 1)))),
-    "adaptive": lambda s, b: AdaptiveHeads(SnapKV(b, window=4), head_budgets(_needs(s), b, 5, 2) if b < s.stored_tokens
-                                           else ((b,) * s.heads,) * s.layers),
+    "per-layer-ratios": lambda s, b: PerLayer.from_ratios(SnapKV, s, [b / s.stored_tokens] * s.layers, window=4),
+    "adaptive": lambda s, b: AdaptiveHeads(SnapKV(b, window=4), _head_budgets(s, b)),
+    "composed": lambda s, b: PerLayer((AdaptiveHeads(H2O(b, queries=8), _head_budgets(s, b)),
+                                       *(StreamingLLM(b, 4) for _ in range(s.layers - 1)))),
+    "intervals": lambda s, b: AtIntervals(H2O(b - 3 if b < s.stored_tokens else b), 4),
 }
 #: these need scales
 PYRAMIDS_ONLY = ("sliding", "hack", "hack-attention", "hack-both", "scalekv", "scalekv-line", "scalekv-upstream",
                  "heatkv")
+#: and these single tokens
+RASTER_ONLY = ("intervals",)
+#: every model with every policy that has a meaning for it
+PAIRS = [(model, policy) for model in MODELS for policy in POLICIES
+         if policy not in (PYRAMIDS_ONLY if model == "llamagen" else RASTER_ONLY)]
