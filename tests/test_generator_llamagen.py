@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -13,7 +15,7 @@ from vtc.errors import ConfigError, ModelError
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.llamagen import LlamaGen
 from vtc.generators.sampling import Guidance, Sampling, seeded
-from vtc.generators.speculative import generate_speculatively
+from vtc.generators.speculative import generate_speculatively, judge
 from vtc.generators.upstream import from_state_dict
 from vtc.tokenizers.local_vq import LocalVQ
 
@@ -106,7 +108,7 @@ def distribution(model: LlamaGen, label: int, sampling: Sampling, guidance: Guid
 @pytest.mark.parametrize(("ahead", "sampling"), [(1, Sampling()), (3, Sampling(0.8, top_k=2)),
                                                  (5, Sampling(top_p=0.9))])
 def test_speculative_decoding_has_the_targets_distribution(ahead: int, sampling: Sampling) -> None:
-    target, draft, guidance, count = tiny(1, 2), tiny(2, 1), Guidance(1.7), 400
+    target, draft, guidance, count = tiny(1, 2), tiny(2, 1), Guidance(1.7), 250
     expected = distribution(target, 1, sampling, guidance) * count
     assert expected.sum() == pytest.approx(count, rel=1e-5)
     seen = torch.zeros(81)
@@ -126,6 +128,79 @@ def test_speculative_decoding_has_the_targets_distribution(ahead: int, sampling:
     scale = sum(o for o, _ in pairs) / sum(w for _, w in pairs)
     assert chisquare([o for o, _ in pairs], [w * scale for _, w in pairs]).pvalue > 1e-3
     assert 0 < accepted < proposed
+
+
+P = torch.tensor([[0.40, 0.05, 0.25, 0.0, 0.30], [0.1, 0.2, 0.3, 0.4, 0.0], [0.2, 0.2, 0.2, 0.2, 0.2]])
+Q = torch.tensor([[0.10, 0.30, 0.25, 0.2, 0.15], [0.4, 0.3, 0.2, 0.1, 0.0]])
+
+
+def fit(rule: Callable[..., tuple[int, int]], count: int = 4000) -> float:
+    """The least p of three chi-square tests: of the first word, and of the later ones where they are reached."""
+    g = torch.Generator().manual_seed(5)
+    seen = torch.zeros(3, 5)
+    for _ in range(count):
+        proposals = [int(torch.multinomial(q, 1, generator=g)) for q in Q]
+        kept, word = rule(proposals, list(Q), P, g)
+        for place, x in enumerate([*proposals[:kept], word]):
+            seen[place, x] += 1
+    least = 1.0
+    for row, p in zip(seen, P, strict=True):
+        if row[p == 0].any():
+            return 0.0
+        wanted = p[p > 0] / p.sum() * row.sum()
+        least = min(least, chisquare(row[p > 0], wanted * (row[p > 0].sum() / wanted.sum())).pvalue)
+    return least
+
+
+def changed(accept: Callable[..., float], rest: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[int, int]]:
+    """The rule with another chance to keep a word, or with another distribution after a refusal."""
+
+    def rule(proposals: list[int], guesses: list[Tensor], p: Tensor, g: torch.Generator) -> tuple[int, int]:
+        for kept, (x, q) in enumerate(zip(proposals, guesses, strict=True)):
+            if float(torch.rand((), generator=g)) >= accept(float(p[kept, x]), float(q[x])):
+                return kept, int(torch.multinomial(rest(p[kept], q), 1, generator=g))
+        return len(proposals), int(torch.multinomial(p[-1], 1, generator=g))
+
+    return rule
+
+
+def ratio(p: float, q: float) -> float:
+    return min(1, p / q)
+
+
+def leftover(p: Tensor, q: Tensor) -> Tensor:
+    return (p - q).clamp(min=0)
+
+
+def test_the_rule_is_exact_and_the_test_would_notice_another() -> None:
+    assert fit(judge) > 1e-3
+    assert fit(changed(ratio, leftover)) > 1e-3  # the same, written twice
+    for name, other in {"keeps too much": changed(lambda p, q: min(1, 1.25 * p / q), leftover),
+                        "keeps too little": changed(lambda p, q: 0.75 * ratio(p, q), leftover),
+                        "forgets q": changed(lambda p, q: p, leftover), "forgets p": changed(lambda p, q: 1, leftover),
+                        "upside down": changed(lambda p, q: ratio(q, p + 1e-9), leftover),
+                        "refused from the target": changed(ratio, lambda p, q: p),
+                        "refused from the distance": changed(ratio, lambda p, q: (p - q).abs())}.items():
+        assert fit(other) < 1e-4, name
+
+
+def test_a_refusal_by_rounding_alone_still_draws_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = torch.tensor([0.5, 0.5])
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.tensor(1.0))
+    kept, word = judge([0], [q], torch.stack([q * (1 - 1e-6), q]))  # p - q is nowhere above 0
+    assert kept == 0 and word in (0, 1)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 7])
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0), Guidance(4.0, ramp=True)])
+def test_greedy_speculation_is_greedy_decoding(ahead: int, guidance: Guidance) -> None:
+    target, draft, tok = tiny(1, 2), tiny(2, 1), tokenizer(3)
+    for label in range(3):
+        plain, images = target.generate(torch.tensor([label]), tok, GREEDY, guidance)
+        result = generate_speculatively(target, draft, label, tok, ahead, GREEDY, guidance)
+        assert torch.equal(result.tokens.indices, plain.indices)
+        torch.testing.assert_close(result.images, images)
+        assert result.passes + result.accepted == 4
 
 
 def test_a_draft_equal_to_the_target_is_always_right() -> None:

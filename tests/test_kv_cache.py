@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from tests.shared import needs_shared
 from vtc.errors import ConfigError, FileError, ModelError
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.calibration import Calibration, Recorder
+from vtc.generators.kv_cache.full import Full
 from vtc.generators.kv_cache.h2o import H2O
 from vtc.generators.kv_cache.hack import HACK, merge_into, structural_choice
 from vtc.generators.kv_cache.heatkv import HeatKV
@@ -27,7 +29,7 @@ from vtc.generators.kv_cache.schedule import Schedule
 from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
 from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
 from vtc.generators.kv_cache.storage import MixedBuffer, MixedPrecision, TokenBuffer
-from vtc.generators.kv_cache.wrappers import AdaptiveHeads, PerLayer, head_budgets
+from vtc.generators.kv_cache.wrappers import AdaptiveHeads, AtIntervals, PerLayer, head_budgets
 
 
 @pytest.fixture(scope="module")
@@ -269,8 +271,12 @@ def test_hack_against_the_reference() -> None:
     scores = seen.attention(seen.spaced_queries(facts["N_obs"])).sum(2)
     torch.testing.assert_close(scores, found["hack.score"], rtol=0, atol=1e-6)
     assert torch.equal(seen.top(found["hack.score"], facts["B_C"]), found["hack.kept_contextual"])
-    assert torch.equal(structural_choice(seen, found["hack.score"], facts["B_S"], 2), found["hack.kept_structural"])
-    flat = Calibration(found["hack.var"], torch.zeros(3, 5), torch.zeros(3, 4, 5), sizes, "", 1)
+    initial = next(i for i in range(len(sizes)) if sum(facts["sizes"][:i]) == facts["N_init"])
+    assert torch.equal(structural_choice(seen, found["hack.score"], facts["B_S"], initial),
+                       found["hack.kept_structural"])
+    layers, heads = a.shape[:2]
+    nothing = torch.zeros(layers, len(sizes)), torch.zeros(layers, heads, len(sizes))
+    flat = Calibration(found["hack.var"], *nothing, sizes, "", 1)
     expected = [tuple(row.nonzero()[:, 0].tolist()) for row in found["hack.is_contextual"].bool()]
     assert flat.contextual(facts["alpha"]) == tuple(expected)
 
@@ -278,25 +284,27 @@ def test_hack_against_the_reference() -> None:
 @needs_shared("fixtures", "kv_spec_reference.safetensors")
 def test_the_recorder_measures_the_references_statistics() -> None:
     found = Fixture("kv_spec_reference")
-    a, sizes = found["A"], ((1, 1), (2, 2), (3, 3), (4, 4), (5, 5))
-    q = torch.eye(a.shape[2]).expand(1, a.shape[1], -1, -1)
+    facts, a = found.facts["meta"], found["A"]
+    sizes = tuple((round(n**0.5), round(n**0.5)) for n in facts["hack"]["sizes"])
+    q, last = torch.eye(a.shape[2]).expand(1, a.shape[1], -1, -1), len(sizes) - 1
     schedule = Schedule(sizes, a.shape[0], a.shape[1], a.shape[2])
-    recorder = Recorder(guided=False)
+    recorder = Recorder(history=facts["scalekv"]["K_prime"], guided=False)
     cache = KVCache(schedule, recorder)
     keys = a.clamp(min=1e-30).log().transpose(2, 3)[:, None]
     for layer in range(a.shape[0]):
-        for step in range(5):
+        for step in range(len(sizes)):
             here = slice(schedule.starts[step], schedule.starts[step + 1])
             k = keys[layer][:, :, here]
             # Before the last step the queries are the reference's first ones, whatever they then attend to.
             cache.attend(q[:, :, : schedule.tokens(step)], k, k, layer, step)
     measured = recorder.calibration(nn.Linear(1, 1))
     torch.testing.assert_close(measured.variance, found["hack.var"], rtol=0, atol=1e-6)
-    torch.testing.assert_close(measured.selectivity[:, 4], found["scalekv.asi_layer"], rtol=0, atol=1e-6)
-    total = torch.stack([a[..., : schedule.starts[1]].sum(3).mean(2)])
-    assert measured.attention.shape == (3, 4, 5)
-    assert (measured.attention[..., 0] > total[0] / 4 - 1e-6).all()
-    assert not measured.attention[..., 4].any()
+    torch.testing.assert_close(measured.selectivity[:, last], found["scalekv.asi_layer"], rtol=0, atol=1e-6)
+    # The attention of the last scale's queries to the last but one scale, which no other scale sees before.
+    here = slice(schedule.starts[last - 1], schedule.starts[last])
+    torch.testing.assert_close(measured.attention[..., last - 1], a[..., here].sum(3).mean(2), rtol=0, atol=1e-6)
+    assert measured.attention.shape == (*a.shape[:2], len(sizes))
+    assert not measured.attention[..., last].any()
 
 
 @needs_shared("fixtures", "kv_spec_reference.safetensors")
@@ -304,18 +312,21 @@ def test_scalekv_against_the_reference() -> None:
     found = Fixture("kv_spec_reference")
     facts = found.facts["meta"]["scalekv"]
     index = found["scalekv.asi_LK"]
-    # The reference's five scales all have a history; ours have a first one without.
-    padded = torch.cat([torch.zeros(8, 1), index], 1)
-    calibration = Calibration(torch.zeros(8, 2), padded, torch.zeros(8, 2, 6), ((1, 1),) * 6, "", 1)
+    # The reference's scales all have a history; ours have a first one without.
+    layers, scales = index.shape
+    padded = torch.cat([torch.zeros(layers, 1), index], 1)
+    calibration = Calibration(torch.zeros(layers, 2), padded, torch.zeros(layers, 2, scales + 1),
+                              ((1, 1),) * (scales + 1), "", 1)
+    torch.testing.assert_close(calibration.standardised().float(), found["scalekv.z"], rtol=0, atol=1e-6)
     expected = [tuple(column.nonzero()[:, 0].tolist()) for column in found["scalekv.is_drafter"].bool().T]
     assert calibration.drafters(facts["N_d"]) == ((), *expected)
-    # Five scales of 1000 tokens each, so that no limit but the budget's shows.
-    schedule = Schedule(((1000, 1),) * 6, 8, 2, 4)
+    # Scales of many tokens each, so that no limit but the budget's shows.
+    schedule = Schedule(((100 * facts["B_uniform"], 1),) * (scales + 1), layers, 2, 4)
     policy = ScaleKV((*expected, ()), facts["B_uniform"], facts["B_r0"], facts["delta"])
     for b in facts["budgets"]:
-        drafter, refiner = policy.budgets(schedule, b["scale"])
-        assert refiner == b["refiner"]
-        assert drafter == min(int(b["drafter"]), schedule.starts[b["scale"] + 1])
+        if b["n_drafter"]:
+            drafter, refiner = policy.budgets(schedule, b["scale"])
+            assert (drafter, refiner) == (int(b["drafter"]), b["refiner"])
 
 
 @needs_shared("fixtures", "scalekv_select.safetensors")
@@ -342,13 +353,49 @@ def test_budgets_solved_from_the_mean_are_the_released_ones() -> None:
         schedule = Schedule(tuple((n, 1) for n in tokens), layers, 2, 4)
         for label, facts in released[size].items():
             step = int(label.split()[1]) - 2  # "Scale 9" is what scale 9 finds: after the eighth, number 7
-            drafters = tuple(tuple(facts["drafters"]) if i == step else () for i in range(13))
-            drafter, refiner = ScaleKV(drafters, 650).budgets(schedule, step)
+            drafters = tuple(tuple(facts["drafters"]) if i == step else () for i in range(len(tokens)))
+            mean = round(facts["mean"])
+            drafter, refiner = ScaleKV(drafters, mean).budgets(schedule, step)
             # Released drafters keep up to 4 % less than everything; ours everything, the refiners what that leaves.
             assert 0.96 * drafter <= facts["drafter_tokens"] <= drafter
             assert 0 <= facts["refiner_tokens"] - refiner <= 20
             count = len(facts["drafters"])
-            assert 649 <= (count * drafter + (layers - count) * refiner) / layers <= 650
+            assert mean - 1 <= (count * drafter + (layers - count) * refiner) / layers <= mean
+
+
+def window_by_hand(tokens: int, keys: int, window: int) -> list[int]:
+    """The released window: middles of patches where map and window are squares that fit, else the newest keys."""
+    side, grid = int(tokens**0.5), int(window**0.5)
+    if side * side != tokens or grid * grid != window or side < grid:
+        return list(range(max(0, keys - window), keys))
+    centre = [i * (side // grid) + (side // grid - 1) // 2 for i in range(grid)]
+    return [keys - tokens + y * side + x for y in centre for x in centre]
+
+
+@pytest.mark.parametrize(("sizes", "window", "budget", "pool"), [
+    (((1, 1), (2, 2), (3, 3), (6, 6)), 9, 20, 3), (((2, 2), (4, 5)), 4, 9, 3), (((1, 1), (5, 5)), 6, 8, 1),
+    (((1, 1), (2, 2), (3, 3), (3, 3)), 16, 18, 5),  # a map below the window, which reaches into older scales
+    (((1, 1), (7, 7)), 16, 16, 5), (((2, 2), (4, 9)), 4, 30, 7)])
+def test_scalekv_compat_at_other_shapes(sizes: Any, window: int, budget: int, pool: int) -> None:
+    torch.manual_seed(0)
+    schedule = Schedule(sizes, 1, 2, 8)
+    tokens, keys, last = schedule.tokens(schedule.steps - 1), schedule.all_tokens, schedule.steps - 1
+    q, k = torch.randn(2, 2, tokens, 8), torch.randn(2, 2, keys, 8)
+    policy = ScaleKV(((),) * schedule.steps, budget, window=window, pool=pool, compat="upstream")
+    kept = policy.stored(candidates(q, k, sizes, last))
+    assert kept is not None and kept.shape == (2, 2, budget) and (kept.diff(dim=-1) > 0).all()
+    own = window_by_hand(tokens, keys, window)
+    for b, h in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        total = [-math.inf if n in own else
+                 sum(float(q[b, h, max(0, j - (keys - tokens))] @ k[b, h, n]) for j in own) for n in range(keys)]
+        pooled = [max(total[max(0, n - pool // 2) : n + pool // 2 + 1]) for n in range(keys)]
+        rest = sorted((pooled[n] for n in range(keys) if n not in own), reverse=True)[: budget - len(own)]
+        chosen = kept[b, h].tolist()
+        assert set(own) <= set(chosen)
+        # Neighbours that share a maximum are equally good, so scores are compared, not numbers.
+        assert sorted((pooled[n] for n in chosen if n not in own), reverse=True) == pytest.approx(rest, abs=1e-4)
+    with pytest.raises(ConfigError, match="cannot hold"):
+        upstream_selection(q, k, upstream_window(tokens, keys, window), 3, pool)
 
 
 def test_refiners_keep_a_share_where_drafters_would_leave_them_their_windows() -> None:
@@ -435,6 +482,81 @@ def test_pooling_on_maps_does_not_run_across_rows_or_scales() -> None:
         torch.stack([grid[0, 0], grid[0, 1], grid[1, 1]]).mean().item())
 
 
+def test_budgets_from_ratios_say_of_what() -> None:
+    schedule = Schedule(((1, 1), (3, 3), (9, 9)), 2, 4, 8)  # ten stored tokens of 91
+    assert StreamingLLM.from_ratio(schedule, 0.5, sinks=1) == StreamingLLM(5, 1)
+    assert H2O.from_ratio(schedule, 0.5, "all") == H2O(46)
+    assert HACK.from_ratio(schedule, 0.5, contextual=((0,), ())) == HACK(((0,), ()), tokens=5)
+    assert HACK.from_ratio(schedule, 0.5, "all", contextual=((0,), ())) == HACK(((0,), ()), attention=46)
+    assert PerLayer.from_ratios(SnapKV, schedule, (0.8, 0.4), window=4) == PerLayer((SnapKV(8, 4), SnapKV(4, 4)))
+    with pytest.raises(ConfigError, match="SlidingScales has no budget of tokens"):
+        SlidingScales.from_ratio(schedule, 0.5)
+
+
+def test_hack_gives_all_heads_the_mean_where_they_are_of_one_kind() -> None:
+    schedule = Schedule(((1, 1), (3, 3), (5, 5), (9, 9)), 2, 2, 4)
+    for contextual in (((0, 1), (0, 1)), ((), ())):
+        policy = HACK(contextual, 20)
+        assert [policy.budget(schedule, layer, 2) for layer in range(2)] == [20, 20]
+        assert policy.of_kind(20, True, schedule, 35) == policy.of_kind(20, False, schedule, 35) == 20
+
+
+def test_head_budgets_waste_nothing_above_what_there_is() -> None:
+    need = torch.tensor([[1.0, 1.0, 1.0, 9.0], [1.0, 1.0, 3.0, 9.0]])
+    free = head_budgets(need, 50, 10)
+    assert max(map(max, free)) > 100 and 49 <= sum(map(sum, free)) / 8 <= 50
+    capped = head_budgets(need, 50, 10, most=100)
+    assert max(map(max, capped)) == 100 and 49 <= sum(map(sum, capped)) / 8 <= 50
+    assert all(c >= f or c == 100 for a, b in zip(capped, free, strict=True) for c, f in zip(a, b, strict=True))
+    assert head_budgets(need, 120, 10, most=100) == ((100,) * 4,) * 2
+    assert head_budgets(torch.ones(2, 3), 50, 10) == ((50,) * 3,) * 2
+
+
+def test_a_policy_at_intervals_drops_what_the_other_one_would_then() -> None:
+    schedule = Schedule(((1, 1),) * 20, 1, 1, 4, raster=True, columns=5)
+    cache, x = KVCache(schedule, AtIntervals(StreamingLLM(6, 2), 4)), torch.randn(1, 1, 20, 4)
+    heard = watched(cache)
+    for step in range(20):
+        part = x[:, :, step : step + 1]
+        cache.attend(part, part, part, 0, step)
+    counts = [kept[0] for _, _, kept in heard[:-1]]
+    assert counts == [1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 6, 7, 8, 9, 6, 7, 8, 9]
+    assert cache.groups[0][0].tokens is not None
+    assert cache.groups[0][0].tokens[0, 0].tolist() == [0, 1, 12, 13, 14, 15, 16, 17, 18]
+    assert cache.groups[0][0].k.nbytes <= 10 * 4 * 4  # room for nine, and the next one
+
+
+def test_a_renumbered_model_has_a_renumbered_calibration(tiny: dict[str, Tiny]) -> None:
+    from vtc.generators.var import VAR
+
+    torch.manual_seed(0)
+    model = VAR(3, 32, 4, classes=5, codebook_size=16, code_dim=8, sides=(1, 2, 3, 4, 6)).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.ndim > 1 and "log_scale" not in name:
+                p.normal_(0, 1.5 / p.shape[-1] ** 0.5)
+    labels, codes = torch.tensor([1, 2]), [None, *(torch.randn(2, s * s, 8) for s in (2, 3, 4, 6))]
+
+    @torch.no_grad()
+    def run(policy: Any) -> Tensor:
+        cache, modulation = KVCache(model.schedule(), policy), model.modulation(labels)
+        return torch.cat([model.step(c, labels, modulation, cache, i) for i, c in enumerate(codes)], 1)
+
+    recorder = Recorder(guided=False)
+    run(recorder)
+    before = recorder.calibration(model)
+    policies = [lambda c: c.hack(15), lambda c: c.heatkv(15), lambda c: c.scalekv(20)]
+    outputs = [run(make(before)) for make in policies]
+    order = before.head_order()
+    model.permute_heads(order)
+    after = before.permuted(order, model)
+    assert after.model != before.model
+    groups = [heads for layer in range(3) for heads in after.hack(15).heads(model.schedule(), layer)]
+    assert all(isinstance(heads, slice) for heads in groups)
+    for make, output in zip(policies, outputs, strict=True):
+        torch.testing.assert_close(run(make(after)), output, rtol=1e-4, atol=1e-4)
+
+
 def test_pyramid_budgets_are_linear_and_have_the_mean() -> None:
     schedule = Schedule(((1, 1), (20, 20), (2, 2)), 9, 2, 4)
     policy = PyramidKV(216, window=16)
@@ -505,7 +627,10 @@ def test_a_budget_is_a_share_of_what_it_says() -> None:
 
 
 @pytest.mark.parametrize("make", [
-    lambda: StreamingLLM(3, 4), lambda: SlidingScales(0), lambda: H2O(0), lambda: H2O(5, recent=2), lambda: SnapKV(8),
+    lambda: StreamingLLM(3, 4), lambda: StreamingLLM(9, -3), lambda: SlidingScales(0),
+    lambda: HeatKV((((1.0,),),), 9, -1), lambda: HACK(((0,),), 9, initial=-1), lambda: PyramidKV(32, beta=float("nan")),
+    lambda: AtIntervals(StreamingLLM(9), 0), lambda: Full.from_ratio(Schedule(((1, 1), (2, 2)), 1, 1, 1), 0.5),
+    lambda: H2O(0), lambda: H2O(5, recent=2), lambda: SnapKV(8),
     lambda: SnapKV(32, pool=4), lambda: PyramidKV(32, beta=0.5), lambda: HACK(((0,),)),
     lambda: HACK(((0,),), 9, contextual_share=0), lambda: ScaleKV(((),), 8), lambda: ScaleKV(((),), 32, pool=2),
     lambda: MixedPrecision(1.0), lambda: AdaptiveHeads(SlidingScales(), ((1,),)),

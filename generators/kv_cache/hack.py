@@ -52,9 +52,9 @@ class HACK(KVPolicy):
     def __post_init__(self) -> None:
         if self.tokens is None and self.attention is None:
             raise ConfigError("HACK needs a budget: tokens that are stored, or that a step attends to.")
-        if not 0 < self.contextual_share <= 1 or self.queries < 1:
-            raise ConfigError(f"HACK takes a contextual share up to 1 and at least one query, not "
-                              f"{self.contextual_share} and {self.queries}.")
+        if not 0 < self.contextual_share <= 1 or self.queries < 1 or self.initial < 0:
+            raise ConfigError(f"HACK takes a contextual share up to 1, at least one query, and initial scales from 0, "
+                              f"not {self.contextual_share}, {self.queries} and {self.initial}.")
 
     @classmethod
     def from_ratio(cls, schedule: Schedule, ratio: float, of: Literal["stored", "all"] = "stored",

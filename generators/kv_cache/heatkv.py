@@ -31,6 +31,10 @@ class HeatKV(KVPolicy):
     tokens: int
     protected: int = 3
 
+    def __post_init__(self) -> None:
+        if self.protected < 0:
+            raise ConfigError(f"HeatKV protects a number of scales from 0 up, not {self.protected}.")
+
     @cached_property
     def ranks(self) -> Tensor:
         """(layers, heads, scales) int64: for each scale, how many heads care less for it."""

@@ -44,6 +44,8 @@ class StreamingLLM(KVPolicy):
     sinks: int = 4
 
     def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ConfigError(f"StreamingLLM keeps a number of sinks from 0 up, not {self.sinks}.")
         check_budget(self.tokens, self.sinks + 1, f"{self.sinks} sinks and the newest token")
 
     def budget(self, schedule: Schedule, layer: int, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -58,8 +59,8 @@ class PyramidKV(SnapKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta < 1:
-            raise ConfigError(f"PyramidKV's beta is at least 1, not {self.beta}.")
+        if not 1 <= self.beta < math.inf:
+            raise ConfigError(f"PyramidKV's beta is a number from 1 up, not {self.beta}.")
 
     def layer_tokens(self, schedule: Schedule, layer: int) -> int:
         if self.tokens >= schedule.stored_tokens:

@@ -219,6 +219,8 @@ def _tokens(module: str, name: str) -> Callable[[Schedule, int | None, dict[str,
         assert amount is not None  # required
         kind = getattr(import_module(f"vtc.generators.kv_cache.{module}"), name)
         interval = options.pop("interval", 1)
+        if not 1 <= interval <= amount:
+            raise ConfigError(f"An interval is from 1 token up to the budget, here {amount}, not {interval}.")
         # Between two drops there are up to interval - 1 tokens above the budget, which shall hold for those too.
         policy = kind(tokens=amount - interval + 1, **options)
         return policy if interval == 1 else AtIntervals(policy, interval)

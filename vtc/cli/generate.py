@@ -208,6 +208,8 @@ def _target(args: argparse.Namespace) -> Target | None:
                          "neither --kv nor given tokens nor --previews")
     if args.sheet and os.path.splitext(args.sheet)[1].lower() != ".png":
         raise UsageError(f"--sheet {args.sheet} does not end in .png")
+    if args.sheet and args.output and os.path.abspath(args.sheet) == os.path.abspath(args.output):
+        raise UsageError(f"--sheet and -o are the same file, {args.sheet}")
     if args.sheet and not os.path.isdir(os.path.dirname(args.sheet) or ".") and (
             os.path.dirname(args.sheet) != (args.output or "").rstrip("/" + os.sep)):
         raise FileError(f"The output folder {os.path.dirname(args.sheet)} does not exist; create it first.")
@@ -307,6 +309,8 @@ def _estimate(args: argparse.Namespace) -> int:
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     found = estimate_memory(generator, batch, args.kv, sampling, guidance, dtype, height_to_width=args.aspect,
                             text_tokens=text_tokens)
+    if args.calibration and not os.path.isfile(args.calibration):
+        raise FileError(f"There is no file {args.calibration}.")
     kept = args.calibration or (generator.folder and (generator.folder / CALIBRATION).is_file())
     if args.kv.needs_calibration and not kept and not args.quiet:
         say(f"{args.kv.name} needs a calibration; made on the way, that takes more memory than this.")
