@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tests.fixtures import Fixture
-from tests.shared import needs_shared
+from tests.shared import SHARED, needs_shared
 from vtc.errors import ConfigError, ModelError
 from vtc.generators.generate import Scale
 from vtc.generators.infinity import INFINITY_SCALES, Infinity, frame_of, scales_for
@@ -20,63 +23,77 @@ from vtc.tokenizers.infinity_vae import InfinityVAE
 needs_fixture = needs_shared("fixtures", "infinity_tiny.safetensors")
 SCALES = scales_for(1.0, "0.06M")
 GREEDY = Sampling(top_k=1, temperature=0.5)
+NAMES = sorted(path.stem for path in (SHARED / "fixtures").glob("infinity_tiny*.safetensors"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def found(request: pytest.FixtureRequest) -> Fixture:
+    return Fixture(request.param)
 
 
 @pytest.fixture(scope="module")
-def found() -> Fixture:
-    return Fixture("infinity_tiny")
+def scales(found: Fixture) -> tuple[tuple[int, int], ...]:
+    return tuple((rows, columns) for _, rows, columns in found.config["scale_schedule"])
 
 
 @pytest.fixture(scope="module")
 def model(found: Fixture) -> Infinity:
-    return from_state_dict(found.weights("model."))
+    first_alone = bool(found.config["add_lvl_embeding_only_first_block"])
+    return from_state_dict(found.weights("model."), level_every_chunk=not first_alone)
 
 
 @pytest.fixture(scope="module")
 def text(found: Fixture) -> tuple[Tensor, Tensor]:
-    """Two texts of five and three tokens, padded."""
-    compact = found["text.kv_compact"].float()
-    padded = torch.zeros(2, 5, compact.shape[1])
-    padded[0], padded[1, :3] = compact[:5], compact[5:]
-    return padded, torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    """The texts, which the fixture has one after the other, padded."""
+    ends = found["text.cu_seqlens_k"].tolist()
+    parts = [found["text.kv_compact"][a:b].float() for a, b in pairwise(ends)]
+    mask = torch.arange(max(map(len, parts))) < torch.tensor([[len(part)] for part in parts])
+    return pad_sequence(parts, batch_first=True), mask
 
 
-def tokenizer() -> InfinityVAE:
+def tokenizer(bits: int = 8) -> InfinityVAE:
     torch.manual_seed(0)
-    return InfinityVAE(8, 32, (1, 1), 1, sides=(1, 2, 4, 6, 8, 12, 16)).eval()
+    return InfinityVAE(bits, 32, (1, 1), 1, sides=(1, 2, 4, 6, 8, 12, 16)).eval()
 
 
 @needs_fixture
-def test_greedy_generation_equals_upstream(found: Fixture, model: Infinity, text: tuple[Tensor, Tensor]) -> None:
+def test_greedy_generation_equals_upstream(found: Fixture, model: Infinity, text: tuple[Tensor, Tensor],
+                                           scales: tuple[tuple[int, int], ...]) -> None:
     heard: list[Scale] = []
-    cache = KVCache(model.schedule(SCALES))
-    tokens, images = model.generate(*text, tokenizer(), SCALES, GREEDY, Guidance(3.0), cache, callback=heard.append)
+    facts, cache = found.config, KVCache(model.schedule(scales))
+    weights = facts["cfg"] if isinstance(facts["cfg"], list) else [facts["cfg"]] * len(scales)
+    tau = facts["tau"]
+    tokens, images = model.generate(*text, tokenizer(facts["d_vae"]), scales, Sampling(tau, facts["top_k"]),
+                                    Guidance(weights=tuple(weights), layer=facts["cfg_insertion_layer"][0]), cache,
+                                    callback=heard.append)
     for i, scale in enumerate(heard):
-        logits = scale.logits.flatten(1, 2) / 0.5
+        logits = scale.logits.flatten(1, 2) / tau
         torch.testing.assert_close(logits, found[f"greedy.logits_cfg_{i}"].float(), rtol=0, atol=2e-3)
-        assert torch.equal(scale.indices.unflatten(1, SCALES[i]), found[f"greedy.bits_{i}"][:, 0].long())
+        assert torch.equal(scale.indices.unflatten(1, scales[i]), found[f"greedy.bits_{i}"][:, 0].long())
     torch.testing.assert_close(heard[-1].total, found["greedy.summed_codes"].float(), rtol=0, atol=1e-3)
-    stored = model.schedule(SCALES).stored_tokens
-    assert cache.kept(1) == [stored] * 2
-    for kind, buffer in (("k", cache.groups[1][0].k), ("v", cache.groups[1][0].v)):
-        expected = found[f"greedy.cache_{kind}_block1"][:, :, :stored].float()
-        torch.testing.assert_close(buffer.read(torch.float32), expected, rtol=0, atol=2e-3)
-    assert tokens.indices.shape == (2, 521, 8)
-    assert images.shape == (2, 3, 32, 32)
+    stored = model.schedule(scales).stored_tokens
+    assert cache.kept(0) == [stored] * model.heads
+    for key in (k for k in found.tensors if k.startswith("greedy.cache_")):
+        kind, layer = key[len("greedy.cache_")], int(key.rpartition("block")[2])
+        buffer = getattr(cache.groups[layer][0], kind)
+        torch.testing.assert_close(buffer.read(torch.float32), found[key][:, :, :stored].float(), rtol=0, atol=2e-3)
+    assert tokens.indices.shape == (len(text[0]), model.schedule(scales).all_tokens, facts["d_vae"])
+    assert images.shape[1:] == (3, 2 * scales[-1][0], 2 * scales[-1][1])
 
 
 @needs_fixture
-def test_teacher_forcing_equals_upstream(found: Fixture, model: Infinity, text: tuple[Tensor, Tensor]) -> None:
-    bits = torch.cat([found[f"greedy.bits_{i}"][:, 0].long().flatten(1, 2) for i in range(7)], 1)
+def test_teacher_forcing_equals_upstream(found: Fixture, model: Infinity, text: tuple[Tensor, Tensor],
+                                         scales: tuple[tuple[int, int], ...]) -> None:
+    bits = torch.cat([found[f"greedy.bits_{i}"][:, 0].long().flatten(1, 2) for i in range(len(scales))], 1)
     with torch.no_grad():
-        logits = model(*text, tokenizer().quantizer.teacher_inputs(bits, SCALES), SCALES)
+        logits = model(*text, tokenizer(model.bits).quantizer.teacher_inputs(bits, scales), scales)
     torch.testing.assert_close(logits.flatten(2), found["tf.logits"].float(), rtol=0, atol=2e-3)
 
 
 @needs_fixture
 def test_generation_equals_teacher_forcing_without_guidance(model: Infinity, text: tuple[Tensor, Tensor]) -> None:
     logits: list[Tensor] = []
-    tok = tokenizer()
+    tok = tokenizer(model.bits)
     tokens, _ = model.generate(*text, tok, SCALES, GREEDY, Guidance(), callback=lambda s: logits.append(s.logits))
     with torch.no_grad():
         forced = model(*text, tok.quantizer.teacher_inputs(tokens.indices, SCALES), SCALES)
@@ -87,25 +104,25 @@ def test_generation_equals_teacher_forcing_without_guidance(model: Infinity, tex
 def test_upstreams_position_bug_is_there_when_asked_for(model: Infinity, text: tuple[Tensor, Tensor]) -> None:
     seen: dict[str | None, list[Tensor]] = {None: [], "upstream": []}
     for compat, heard in seen.items():
-        model.generate(*text, tokenizer(), SCALES, GREEDY, compat=compat,
+        model.generate(*text, tokenizer(model.bits), SCALES, GREEDY, compat=compat,
                        callback=lambda s, heard=heard: heard.append(s.logits))  # type: ignore[misc]
     assert torch.equal(seen[None][0], seen["upstream"][0])
     assert not torch.allclose(seen[None][1], seen["upstream"][1], atol=1e-3)
     with pytest.raises(ConfigError, match="compat is None"):
-        model.generate(*text, tokenizer(), SCALES, compat="x")
+        model.generate(*text, tokenizer(model.bits), SCALES, compat="x")
 
 
 @needs_fixture
 def test_a_text_that_cannot_be_and_a_tokenizer_that_does_not_fit(model: Infinity, text: tuple[Tensor, Tensor]) -> None:
     features, mask = text
     with pytest.raises(ConfigError, match="Text features are"):
-        model.generate(features[..., :5], mask, tokenizer(), SCALES)
+        model.generate(features[..., :5], mask, tokenizer(model.bits), SCALES)
     with pytest.raises(ConfigError, match="at least one token"):
-        model.generate(features, torch.zeros_like(mask), tokenizer(), SCALES)
-    with pytest.raises(ConfigError, match="at most 16 tokens"):
-        model.generate(features.repeat(1, 4, 1), mask.repeat(1, 4), tokenizer(), SCALES)
-    with pytest.raises(ConfigError, match="draws 8 single bits"):
-        model.generate(features, mask, InfinityVAE(8, 32, (1, 1), 1, sides=(1, 2), token_bits=(8,)), SCALES)
+        model.generate(features, torch.zeros_like(mask), tokenizer(model.bits), SCALES)
+    with pytest.raises(ConfigError, match=f"at most {len(model.no_text)} tokens"):
+        model.generate(features.repeat(1, 20, 1), mask.repeat(1, 20), tokenizer(model.bits), SCALES)
+    with pytest.raises(ConfigError, match=f"draws {model.bits} single bits"):
+        model.generate(features, mask, InfinityVAE(model.bits, 32, (1, 1), 1, (1, 2), (model.bits,)), SCALES)
 
 
 @needs_fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from tests.fixtures import Fixture
-from tests.shared import needs_shared
+from tests.shared import SHARED, needs_shared
 from vtc.errors import ConfigError, ModelError
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.llamagen import LlamaGen
@@ -28,35 +29,43 @@ def tokenizer(words: int) -> LocalVQ:
     return LocalVQ(words, 8, (8, 8, 8), (1, 1, 1), (8, 8, 8, 8), (1, 1, 1, 1), thin=4).eval()
 
 
-@pytest.fixture(scope="module")
-def found() -> Fixture:
-    return Fixture("llamagen_tiny")
+NAMES = sorted(path.stem for path in (SHARED / "fixtures").glob("llamagen_tiny*.safetensors"))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def found(request: pytest.FixtureRequest) -> Fixture:
+    return Fixture(request.param)
 
 
 @pytest.fixture(scope="module")
 def model(found: Fixture) -> LlamaGen:
-    return from_state_dict(found.weights("model."), heads=4, side=4)
+    facts = found.config
+    return from_state_dict(found.weights("model."), heads=facts["n_head"], side=math.isqrt(facts["block_size"]),
+                           rope_base=facts.get("rope_base", 10000.0))
 
 
 @needs_fixture
-@pytest.mark.parametrize("weight", [1, 2])
-def test_greedy_generation_equals_upstream(weight: int, found: Fixture, model: LlamaGen) -> None:
-    cache = KVCache(model.schedule())
-    tokens, images = model.generate(found["cond"].long(), tokenizer(64), GREEDY, Guidance(weight), cache)
-    assert torch.equal(tokens.indices[..., 0], found[f"greedy_cfg{weight}.seq"].long())
-    assert images.shape == (2, 3, 64, 64)
-    if weight == 2:
-        for layer in range(2):
-            for kind, buffer in (("k", cache.groups[layer][0].k), ("v", cache.groups[layer][0].v)):
-                expected = found[f"greedy_cfg2.cache_{kind}_layer{layer}"][:, :, :15]
-                torch.testing.assert_close(buffer.read(torch.float32), expected, rtol=1e-4, atol=1e-4)
-        assert not cache.groups[0][0].k.read(torch.float32)[:, :, 0].any()  # the class token's key is zero, as upstream
+def test_greedy_generation_equals_upstream(found: Fixture, model: LlamaGen) -> None:
+    weights = [name[len("greedy_cfg") : -len(".seq")] for name in found.tensors if name.endswith(".seq")]
+    assert len(weights) > 1
+    tok = tokenizer(model.codebook_size)
+    for weight in weights:
+        cache = KVCache(model.schedule())
+        tokens, images = model.generate(found["cond"].long(), tok, GREEDY, Guidance(float(weight)), cache)
+        assert torch.equal(tokens.indices[..., 0], found[f"greedy_cfg{weight}.seq"].long())
+        assert images.shape == (len(found["cond"]), 3, 16 * model.side, 16 * model.side)
+        for key in (k for k in found.tensors if k.startswith(f"greedy_cfg{weight}.cache_")):
+            kind, layer = key.partition("cache_")[2][0], int(key.rpartition("layer")[2])
+            read = getattr(cache.groups[layer][0], kind).read(torch.float32)
+            torch.testing.assert_close(read, found[key][:, :, : model.tokens - 1], rtol=1e-4, atol=1e-4)
+        assert not cache.groups[0][0].k.read(torch.float32)[:, :, 0].any()  # the class token's is zero, as upstream
 
 
 @needs_fixture
 def test_teacher_forcing_equals_upstream(found: Fixture, model: LlamaGen) -> None:
+    words = found[next(k for k in ("greedy_cfg2.seq", *found.tensors) if k in found.tensors and k.endswith(".seq"))]
     with torch.no_grad():
-        logits = model(found["cond"].long(), found["greedy_cfg2.seq"][:, :-1].long())
+        logits = model(found["cond"].long(), words[:, :-1].long())
     torch.testing.assert_close(logits, found["tf.logits"], rtol=1e-4, atol=1e-4)
 
 

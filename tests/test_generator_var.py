@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 import zlib
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,13 +28,24 @@ from vtc.tokenizers.var_vqvae import VARVQVAE
 pytestmark = needs_shared("fixtures", "var_tiny.safetensors")
 LABELS = torch.tensor([3, 7])
 GREEDY = Sampling(top_k=1)
+NAMES = sorted(path.stem for path in (SHARED / "fixtures").glob("var_tiny*.safetensors"))
 
 
 def fixture(name: str) -> Fixture:
-    """A file of the family; the facts are in one JSON for all."""
+    """A file of the family; its facts are in a JSON of its own, or in the one for all."""
     found = Fixture(name)
-    found.facts = Fixture("var_tiny").facts
+    found.facts = found.facts or Fixture("var_tiny").facts
     return found
+
+
+def guidance_of(found: Fixture) -> Guidance:
+    """Of the greedy pictures, as the notes tell it."""
+    return Guidance(1 + float(re.search(r"cfg=([0-9.]+)", found.facts["notes"])[1]), ramp=True)  # type: ignore[index]
+
+
+def labels_of(found: Fixture) -> Tensor:
+    """Likewise."""
+    return torch.tensor(json.loads(re.search(r"label=(\[[0-9, ]+\])", found.facts["notes"])[1]))  # type: ignore[index]
 
 
 def rule_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
@@ -49,10 +63,13 @@ def rule_weights(shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     return {name: one(name, shape) for name, shape in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> VARVQVAE:
-    small = VARVQVAE(64, 8, 32, sides=(1, 2, 3, 4))
-    weights = Fixture("var_tiny").weights("vae.quantize.")
+@lru_cache
+def tokenizer_of(name: str) -> VARVQVAE:
+    """The fixture's quantizer, and a network around it by its rule."""
+    found = fixture(name)
+    facts, weights = found.config, found.weights("vae.quantize.")
+    sides = tuple(facts["patch_nums"])
+    small = VARVQVAE(facts["vocab_size"], facts["Cvae"], facts["vae_ch"], tuple(facts["ch_mult"]), sides=sides)
     small.quantizer.codebook.data.copy_(weights["embedding.weight"])
     for i, phi in enumerate(small.quantizer.phi):
         phi.weight.data.copy_(weights[f"quant_resi.qresi_ls.{i}.weight"])
@@ -60,58 +77,78 @@ def tokenizer() -> VARVQVAE:
     upstream = {k.replace(".phi.", ".quant_resi.qresi_ls.").replace("quantizer.", "quantize.")
                 .replace("quantize.codebook", "quantize.embedding.weight"): v.shape
                 for k, v in small.state_dict().items() if k != "token_frequencies"}
-    return tokenizer_from_state_dict(rule_weights(upstream), "var", sides=(1, 2, 3, 4)).eval()  # type: ignore[return-value]
+    return tokenizer_from_state_dict(rule_weights(upstream), "var", sides=sides).eval()  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> VARVQVAE:
+    return tokenizer_of("var_tiny")
 
 
 def model_of(name: str) -> tuple[Fixture, VAR]:
     found = fixture(name)
-    settings: dict[str, Any] = {} if found.facts["files"][name]["attn_l2_norm"] else {"heads": 2}
+    has_l2 = "var.blocks.0.attn.scale_mul_1H11" in found.tensors
+    settings: dict[str, Any] = {} if has_l2 else {"heads": found.config["num_heads"]}
     return found, from_state_dict(found.weights("var."), **settings)
 
 
-names = pytest.mark.parametrize("name", [n for n in ("var_tiny", "var_tiny_nol2", "var_tiny_sharedaln")
-                                         if (SHARED / "fixtures" / f"{n}.safetensors").exists()])
+names = pytest.mark.parametrize("name", NAMES)
 
 
 @names
-def test_teacher_forcing_equals_upstream(name: str, tokenizer: VARVQVAE) -> None:
+def test_teacher_forcing_equals_upstream(name: str) -> None:
     found, model = model_of(name)
+    assert (model.depth, model.heads, model.sides) == (found.config["depth"], found.config["num_heads"],
+                                                       tuple(found.config["patch_nums"]))
     with torch.no_grad():
         logits = model(found["tf.labels"], found["tf.x_BLCv_wo_first_l"])
     torch.testing.assert_close(logits, found["tf.logits"], rtol=1e-4, atol=1e-4)
-    indices = torch.cat([found[f"tf.gt_idx_{i}"] for i in range(4)], 1)
-    torch.testing.assert_close(tokenizer.quantizer.teacher_inputs(indices), found["tf.x_BLCv_wo_first_l"],
+    indices = torch.cat([found[f"tf.gt_idx_{i}"] for i in range(len(model.sides))], 1)
+    torch.testing.assert_close(tokenizer_of(name).quantizer.teacher_inputs(indices), found["tf.x_BLCv_wo_first_l"],
                                rtol=0, atol=1e-5)
 
 
 @names
-def test_greedy_generation_equals_upstream(name: str, tokenizer: VARVQVAE) -> None:
+def test_greedy_generation_equals_upstream(name: str) -> None:
     found, model = model_of(name)
     cache = KVCache(model.schedule())
     heard: list[Scale] = []
-    tokens, images = model.generate(LABELS, tokenizer, GREEDY, Guidance(2.5, ramp=True), cache, callback=heard.append)
+    tokens, images = model.generate(labels_of(found), tokenizer_of(name), GREEDY, guidance_of(found), cache,
+                                    callback=heard.append)
     for i, scale in enumerate(heard):
         torch.testing.assert_close(scale.logits, found[f"greedy.logits_cfg_{i}"], rtol=1e-4, atol=1e-4)
         assert torch.equal(scale.indices, found[f"greedy.idx_{i}"])
         torch.testing.assert_close(scale.total, found[f"greedy.f_hat_{i}"], rtol=0, atol=1e-4)
     stored = model.schedule().stored_tokens
-    for layer in range(2):
-        for kind, buffer in (("k", cache.groups[layer][0].k), ("v", cache.groups[layer][0].v)):
-            expected = found[f"greedy.cache_{kind}_block{layer}"][:, :, :stored]
-            torch.testing.assert_close(buffer.read(torch.float32), expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(images[:, :, ::4, ::4], found["greedy.img_64x64_sub4"], rtol=0, atol=2e-3)
-    assert torch.equal(tokens.indices[..., 0], torch.cat([found[f"greedy.idx_{i}"] for i in range(4)], 1))
+    for key in (k for k in found.tensors if k.startswith("greedy.cache_")):
+        kind, layer = key[len("greedy.cache_")], int(key.rpartition("block")[2])
+        buffer = getattr(cache.groups[layer][0], kind)
+        torch.testing.assert_close(buffer.read(torch.float32), found[key][:, :, :stored], rtol=1e-4, atol=1e-4)
+    picture = next(k for k in found.tensors if k.startswith("greedy.img_"))
+    every = int(picture.rpartition("sub")[2])
+    torch.testing.assert_close(images[:, :, ::every, ::every], found[picture], rtol=0, atol=2e-3)
+    assert torch.equal(tokens.indices[..., 0], drawn(found, "greedy", model))
+
+
+def drawn(found: Fixture, prefix: str, model: VAR) -> Tensor:
+    return torch.cat([found[f"{prefix}.idx_{i}"] for i in range(len(model.sides))], 1)
 
 
 @names
-def test_sampling_with_one_generator_is_upstreams_stream(name: str, tokenizer: VARVQVAE) -> None:
+def test_sampling_with_one_generator_is_upstreams_stream(name: str) -> None:
     found, model = model_of(name)
-    tokens, _ = model.generate(LABELS, tokenizer, Sampling(top_k=20, top_p=0.9), Guidance(2.5, ramp=True),
-                               generators=torch.Generator().manual_seed(0))
-    expected = torch.cat([found[f"sampled_seed0_k20_p0.9.idx_{i}"] for i in range(4)], 1)
-    assert torch.equal(tokens.indices[..., 0], expected)
-    tokens, _ = model.generate(LABELS, tokenizer, GREEDY, Guidance(5.0, ramp=True))
-    assert torch.equal(tokens.indices[..., 0], torch.cat([found[f"greedy_cfg4.idx_{i}"] for i in range(4)], 1))
+    labels, tok = labels_of(found), tokenizer_of(name)
+    prefixes = {k.rpartition(".idx_")[0] for k in found.tensors if ".idx_" in k}
+    assert {p for p in prefixes if p.startswith("sampled")} and len(prefixes) > 2
+    for prefix in prefixes:
+        if sampled := re.fullmatch(r"sampled_seed(\d+)_k(\d+)_p([0-9.]+)", prefix):
+            seed, top_k, top_p = int(sampled[1]), int(sampled[2]), float(sampled[3])
+            tokens, _ = model.generate(labels, tok, Sampling(top_k=top_k, top_p=top_p), guidance_of(found),
+                                       generators=torch.Generator().manual_seed(seed))
+            assert torch.equal(tokens.indices[..., 0], drawn(found, prefix, model))
+        if greedy := re.fullmatch(r"greedy_cfg([0-9.]+)", prefix):
+            tokens, _ = model.generate(labels, tok, GREEDY, Guidance(1 + float(greedy[1]), ramp=True))
+            assert torch.equal(tokens.indices[..., 0], drawn(found, prefix, model))
 
 
 def test_generation_equals_teacher_forcing_without_guidance(tokenizer: VARVQVAE) -> None:
@@ -204,8 +241,6 @@ def test_checkpoints_are_strict_and_strangers_are_named(tokenizer: VARVQVAE) -> 
 
 @needs_shared("fixtures", "var_d16_statedict_shapes.json")
 def test_the_layout_of_the_published_checkpoint() -> None:
-    import json
-
     shapes = json.loads((SHARED / "fixtures" / "var_d16_statedict_shapes.json").read_text())["var_d16"]
     with torch.device("meta"):
         ours = VAR()
