@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vtc.errors import ConfigError
@@ -39,8 +40,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quantizer_args", nargs="+", action=NameValue, default={}, metavar="NAME=VALUE",
                         help="arguments of its constructor")
     parser.add_argument("--codebook_size", type=int, help="short for --model_args codebook_size=N")
-    parser.add_argument("--init_from", help="a finished model to start from; LocalVQ's codebook is clustered to "
-                                            "--codebook_size, by K-means weighted with its token frequencies")
+    parser.add_argument("--init_from", help="a finished model to start from, without --continuous_steps; LocalVQ's "
+                                            "codebook is clustered to --codebook_size, by K-means weighted with its "
+                                            "token frequencies")
     parser.add_argument("--init_networks", help="a finished model whose encoder and decoder to start from, with a "
                                                 "quantizer of its own: other words, other scales")
     add_validation_flags(parser)
@@ -119,6 +121,8 @@ def train(args: argparse.Namespace) -> None:
     from vtc.training.validation import validation_of
 
     recipe = recipe_from(TokenizerRecipe, args)
+    if args.init_from:
+        recipe = replace(recipe, continuous_steps=0)  # a finished model has its words, and would lose them
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
     model = model_of(args)
