@@ -108,11 +108,12 @@ class FusedAttention(TorchFunctionMode):
 def estimate_memory(generator: LoadedGenerator, batch: int, spec: PolicySpec, sampling: Sampling | None = None,
                     guidance: Guidance | None = None, dtype: torch.dtype | None = None,
                     calibration: Calibration | None = None, height_to_width: float = 1.0,
-                    text_tokens: int = TEXT_TOKENS) -> MemoryEstimate:
+                    text_tokens: int = TEXT_TOKENS, ahead: int = 0) -> MemoryEstimate:
     """Of `generator.generate` for a batch; a generator of any kind, with weights or without.
 
     dtype: torch.bfloat16: of the products, as `prepare`. calibration: where the policy needs one; without, stand-in
-    facts of the right shape, which keep as many tokens.
+    facts of the right shape, which keep as many tokens. ahead: tokens that the draft proposes at a time, in speculative
+    decoding, whose batch is one.
     Raises ConfigError where the policy has no meaning for the model.
     """
     sampling, guidance = sampling or generator.sampling, guidance or generator.guidance
@@ -125,10 +126,12 @@ def estimate_memory(generator: LoadedGenerator, batch: int, spec: PolicySpec, sa
         prepare(shadow.model, dtype)
     weights = sum(t.nbytes for part in (shadow.model, shadow.tokenizer, shadow.draft) if part is not None
                   for t in part.state_dict().values())
-    cache = KVCache(schedule, AsMany(policy), storage)
+    cache, beside = KVCache(schedule, AsMany(policy), storage), 0
     with LiveBytes() as live, FusedAttention():
         if isinstance(shadow.model, LlamaGen):
-            _run_raster(shadow, batch, cache, sampling, guidance)
+            _run_raster(shadow, batch, cache, sampling, guidance, ahead)
+            if ahead and shadow.draft is not None:
+                beside = _full_cache(shadow.draft, batch * (2 if guidance.active else 1))
         else:
             condition: Condition = torch.empty(batch, dtype=torch.int64, device="meta")
             if isinstance(shadow.model, Infinity):
@@ -136,7 +139,7 @@ def estimate_memory(generator: LoadedGenerator, batch: int, spec: PolicySpec, sa
                 condition = (text, torch.empty(batch, text_tokens, dtype=torch.bool, device="meta"))
             shadow.generate(condition, cache, sampling, guidance, _nobody(batch))
     kept = cache.peak_nbytes()
-    return MemoryEstimate(weights, kept, max(0, live.peak - kept))
+    return MemoryEstimate(weights, kept + beside, max(0, live.peak - kept))
 
 
 def without_memory(generator: LoadedGenerator) -> LoadedGenerator:
@@ -155,17 +158,33 @@ def without_memory(generator: LoadedGenerator) -> LoadedGenerator:
     return LoadedGenerator(model, tokenizer, generator.config, generator.draft and shape_of(generator.draft))
 
 
-def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling: Sampling,
-                guidance: Guidance) -> None:
-    """The last two tokens and the picture: what came before differs by less than they hold."""
+def _dtype(model: LlamaGen) -> torch.dtype:
+    """Of its keys and values."""
+    return cast(Block, model.blocks[0]).attention.qkv.weight.dtype
+
+
+def _full_cache(model: LlamaGen, rows: int) -> int:
+    """Bytes of a cache that keeps everything."""
+    schedule = model.schedule()
+    return round(schedule.kv_bytes(schedule.stored_tokens, rows, _dtype(model).itemsize))
+
+
+def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling: Sampling, guidance: Guidance,
+                ahead: int = 0) -> None:
+    """The last tokens and the picture: what came before differs by less than they hold.
+
+    The last tokens are two, one after the other, or with a draft all that are judged at once.
+    """
     model = generator.model
     assert isinstance(model, LlamaGen)
     schedule, rows = cache.schedule, batch * (2 if guidance.active else 1)
-    dtype = cast(Block, model.blocks[0]).attention.qkv.weight.dtype
+    together = min(ahead + 1, schedule.steps - 1)
+    numbers = range(schedule.steps - max(2, together), schedule.steps, together)
+    dtype = _dtype(model)
     for layer in range(schedule.layers):
         for group in cache.groups[layer]:
             heads = len(range(schedule.heads)[group.heads]) if isinstance(group.heads, slice) else len(group.heads)
-            before = min(cache.policy.budget(schedule, layer, schedule.steps - 3), schedule.steps - 2)
+            before = min(cache.policy.budget(schedule, layer, numbers[0] - 1), numbers[0])
             for buffer in (group.k, group.v):
                 buffer.append(torch.empty(rows, heads, before, schedule.head_dim, dtype=dtype, device="meta"))
                 if not cache.policy.keeps_all:
@@ -174,10 +193,10 @@ def _run_raster(generator: LoadedGenerator, batch: int, cache: KVCache, sampling
             group.tokens = torch.empty(1, 1, before, dtype=torch.int64, device="meta")
             cast(AsMany, cache.policy).remember(layer, group.heads, before)
     positions = model.positions()
-    x = torch.empty(rows, 1, model.width, device="meta")
-    for number in (schedule.steps - 2, schedule.steps - 1):
+    x = torch.empty(rows, together, model.width, device="meta")
+    for number in numbers:
         logits = guidance(model.extend(x, cache, number, positions), number, schedule.steps)
-        sampling(logits[:, -1], _nobody(batch))
+        sampling(logits, _nobody(batch))
     layout = model.check_tokenizer(generator.tokenizer)
     side = model.side * generator.tokenizer.downsample
     drawn = torch.empty(batch, model.tokens, 1, dtype=torch.int64, device="meta")

@@ -393,7 +393,10 @@ def test_speculative_decoding_draws_one_picture_a_seed(here: Path, run: Say) -> 
     (["-o", "out", "--sheet", "a.jpg"], "end in .png"), (["-o", "out", "--device", "tpu"], "tpu"),
     (["-o", "out", "--speculative", "3", "--kv", "h2o:0.3"], "goes with neither"),
     (["--sheet", "a.png", "--previews"], "say where by -o"), (["-o", "out", "--text_encoder", "x"], "there is none"),
-    (["-o", "out", "--dtype", "int8"], "invalid choice")])
+    (["-o", "out", "--dtype", "int8"], "invalid choice"), (["-o", "out", "--cfg", "nan"], "'nan' is no number"),
+    (["-o", "out", "--temperature", "inf"], "'inf' is no number"), (["-o", "out", "--cfg_layer", "1"], "no block"),
+    (["-o", "out", "--cfg", "1", "2", "--cfg_schedule", "ramp"], "is a schedule already"),
+    (["-o", "a.png", "-n", "1", "--sheet", "./a.png"], "are the same file")])
 def test_usage_errors_are_told_before_torch_is_needed(arguments: list[str], why: str, here: Path, run: Say,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vtc.models.load_generator", pytest.fail)
@@ -414,6 +417,13 @@ def test_usage_errors_are_told_before_torch_is_needed(arguments: list[str], why:
     ("var", ["-o", "out", "--temperature", "0"], "above 0"),
     ("var", ["-o", "out", "--kv", "h2o:0.001,recent=3"], "shares from 0 to 1"),
     ("var", ["-o", "out", "--kv", "snapkv:3t"], "too small"),
+    ("var", ["-o", "out", "--kv", "streaming:0.5,sinks=-3"], "sinks from 0 up"),
+    ("var", ["-o", "out", "--kv", "h2o:0.5,interval=4"], "draws whole scales at once"),
+    ("llamagen", ["-o", "out", "--kv", "h2o:0.5,interval=40"], "An interval is from 1 token up to the budget"),
+    ("var", ["-o", "out", "--cfg", "1", "2"], "2 weights of guidance do not fit 5 steps"),
+    ("var", ["-o", "out", "--cfg_layer", "-1"], "Guidance at a block is Infinity's"),
+    ("var", ["--estimate", "--kv", "hack:0.5", "--calibration", "none"], "There is no file none"),
+    ("var", ["--estimate", "--speculative", "3"], "has no draft/"),
     ("llamagen", ["-o", "out", "--kv", "hack:0.3"], "a raster model has none: take streaming"),
     ("llamagen", ["-o", "out", "--kv", "sliding:2"], "take StreamingLLM"),
     ("var", ["-o", "out", "--image", "in.png", "--mask", "text.png"], "text.png is not a picture"),
@@ -429,6 +439,35 @@ def test_failures_are_one_sentence_and_leave_nothing(model: str, arguments: list
     before = tree(here)
     said = run(model, *arguments, "--quiet")
     assert said.code == 1 and why in said.err and len(said.lines) == 1 and tree(here) == before
+
+
+@pytest.mark.parametrize("how", [[], ["--top_k", "1", "--kv", "h2o:0.5"]])
+def test_a_model_of_damaged_weights_draws_nothing(how: list[str], here: Path, run: Say) -> None:
+    damaged = tiny_var()
+    with torch.no_grad():
+        damaged.model.head.weight[0, 0] = float("nan")  # type: ignore[union-attr]
+    damaged.save(here / "damaged")
+    before = tree(here)
+    said = run(str(here / "damaged"), "-o", "out", *how, "--quiet")
+    assert said.code == 1 and "logits are not numbers" in said.err and len(said.lines) == 1 and tree(here) == before
+
+
+def test_a_weight_of_guidance_for_each_scale(here: Path, run: Say) -> None:
+    assert run("var", "--class", "1", "-o", "a.png", "--cfg", "1", "1.5", "2", "2.5", "3", "--quiet").code == 0
+    assert run("var", "--class", "1", "-o", "b.png", "--cfg", "3", "--cfg_schedule", "ramp", "--quiet").code == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert run("var", "--class", "1", "-o", "c.png", "--cfg", "3", "--cfg_schedule", "constant", "--quiet").code == 0
+    assert not np.array_equal(pixels("a.png"), pixels("c.png"))
+
+
+def test_an_estimate_counts_the_features_of_a_file(here: Path, run: Say) -> None:
+    save_file({"features": torch.randn(4, 6, 16)}, "text.safetensors")
+    arguments = ("--features", "text.safetensors", "--json", "--quiet")
+    facts = [json.loads(run("infinity", *arguments, "--estimate", *more).out) for more in ((), ("-n", "1"))]
+    assert [f["batch_size"] for f in facts] == [4, 1]
+    assert facts[0]["cache_peak_bytes"] == 4 * facts[1]["cache_peak_bytes"]
+    drawn = json.loads(run("infinity", *arguments, "-o", "out").out)
+    assert drawn["cache_peak_bytes"] == facts[0]["cache_peak_bytes"]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError(errno.ENOSPC, "No space left on device")])

@@ -18,10 +18,13 @@ from vtc.errors import ConfigError
 from vtc.generators.inference import prepare
 from vtc.generators.kv_cache.cache import KVCache
 from vtc.generators.kv_cache.specs import parse_policy
+from vtc.generators.llamagen import LlamaGen
 from vtc.generators.memory import LiveBytes, MemoryEstimate, estimate_memory, stand_in
 from vtc.generators.pretrained import LoadedGenerator
 from vtc.generators.sampling import Guidance, Sampling, seeded
+from vtc.generators.speculative import generate_speculatively
 from vtc.generators.var import VAR
+from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.var_vqvae import VARVQVAE
 
 
@@ -49,7 +52,8 @@ CASES = [("var", "full", 4, None, {}), ("var", "hack:0.6,attention=0.6", 4, None
          ("var", "h2o:0.5+int8", 6, None, {}), ("var", "heatkv:0.6+bf16", 4, None, {}),
          ("var", "sliding:2", 8, torch.bfloat16, {}), ("var", "adakv:0.7,window=4", 4, None, {"top_p": 0.9}),
          ("var", "snapkv:0.6,window=4+mixed", 4, None, {}), ("infinity", "h2o:0.3", 2, None, {}),
-         ("llamagen", "full", 4, None, {}), ("llamagen", "streaming:0.5", 4, None, {})]
+         ("llamagen", "full", 4, None, {}), ("llamagen", "streaming:0.5", 4, None, {}),
+         ("llamagen", "h2o:0.5,interval=3", 4, None, {})]
 
 
 @pytest.mark.parametrize(("kind", "word", "batch", "dtype", "draw"), CASES)
@@ -77,6 +81,21 @@ def test_an_estimate_is_within_ten_per_cent_of_the_truth(kind: str, word: str, b
     assert estimate.cache == cache.peak_nbytes()
     assert abs(estimate.cache + estimate.activations - truth) <= 0.1 * truth + 2**17
     assert abs(estimate.total - (truth + weights)) <= 0.1 * (truth + weights)
+
+
+def test_an_estimate_of_speculative_decoding_holds_both_caches() -> None:
+    torch.manual_seed(0)
+    tokenizer = LocalVQ(512, 8, (8, 8, 8), (1, 1, 1), (8, 8, 8, 8), (1, 1, 1, 1), thin=4).eval()
+    target, draft = (LlamaGen(depth, 512, 4, 64, classes=5, codebook_size=512, side=8).eval() for depth in (3, 2))
+    generator = LoadedGenerator(target, tokenizer, draft=draft)
+    full = parse_policy("full")
+    estimate = estimate_memory(generator, 1, full, Sampling(), Guidance(2.0), ahead=3)
+    plain = estimate_memory(generator, 1, full, Sampling(), Guidance(2.0))
+    # 63 tokens, 512 numbers of keys and of values, two layers of the draft, two halves, four bytes
+    assert estimate.cache - plain.cache == pytest.approx(63 * 512 * 2 * 2 * 2 * 4, rel=0.01)
+    truth = allocated(lambda: generate_speculatively(target, draft, 1, tokenizer, 3, Sampling(), Guidance(2.0),
+                                                     torch.Generator().manual_seed(0)))
+    assert estimate.cache + estimate.activations == pytest.approx(truth, rel=0.1)
 
 
 def test_live_bytes_are_those_alive() -> None:

@@ -304,11 +304,13 @@ def _estimate(args: argparse.Namespace) -> int:
     sampling, guidance = _settings(args, generator)
     count, text_tokens = _how_many(args, generator)
     batch = min(args.batch_size, args.number or count)
+    if args.speculative and generator.draft is None:
+        raise ConfigError(f"{args.model} has no draft/, which --speculative needs.")
     if args.speculative:
         batch = 1
     dtype = torch.bfloat16 if args.dtype == "bfloat16" else None
     found = estimate_memory(generator, batch, args.kv, sampling, guidance, dtype, height_to_width=args.aspect,
-                            text_tokens=text_tokens)
+                            text_tokens=text_tokens, ahead=args.speculative or 0)
     if args.calibration and not os.path.isfile(args.calibration):
         raise FileError(f"There is no file {args.calibration}.")
     kept = args.calibration or (generator.folder and (generator.folder / CALIBRATION).is_file())
@@ -327,10 +329,11 @@ def _how_many(args: argparse.Namespace, generator: LoadedGenerator) -> tuple[int
     """Pictures that --class, --prompt or --features ask for, one of each, and the tokens of a text."""
     from vtc.generators.infinity import Infinity
     from vtc.generators.memory import TEXT_TOKENS
-    from vtc.generators.text import load_features
 
     model = generator.model
     if args.features and isinstance(model, Infinity):
+        from vtc.generators.text import load_features
+
         features, _ = load_features(args.features, model.text_width)
         return len(features), features.shape[1]
     named = args.classes or args.prompt
