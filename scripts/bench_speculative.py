@@ -80,6 +80,8 @@ def overlap(target: LlamaGen, draft: LlamaGen, tokenizer: Any, sampling: Samplin
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    if args.images < 1 or min(args.ahead) < 1:
+        raise ConfigError("--images and --ahead are at least 1.")
     generator = load_generator(args.model).to(args.device)
     target, draft = generator.model, generator.draft
     if not isinstance(target, LlamaGen) or draft is None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vtc.cli.generate_inputs import Conditions, conditions
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError, FileError, VtcError
 from vtc.generators.calibrate import calibrate
 from vtc.generators.infinity import Infinity
 from vtc.generators.kv_cache.calibration import Calibration
@@ -39,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if args.samples < 1 or args.batch_size < 1:
             raise ConfigError("--samples and --batch_size are at least 1.")
+        if not args.output.parent.is_dir():  # said before the pictures are drawn
+            raise FileError(f"The output folder {args.output.parent} does not exist; create it first.")
         generator = load_generator(args.model).to(args.device)
         measured = measure(args, generator)
         measured.save(args.output)

@@ -11,6 +11,8 @@ import torch
 from tests import test_kv_cache as matrix
 from tests.kv_models import MODELS, POLICIES, SIDES
 from tests.shared import ROOT
+from vtc.errors import ConfigError
+from vtc.generators.kv_cache import specs
 from vtc.generators.var import VAR
 from vtc.tokenizers.var_vqvae import VARVQVAE
 
@@ -18,15 +20,16 @@ PAGE = (ROOT / "docs" / "adding-a-kv-policy.md").read_text()
 
 
 @pytest.fixture
-def added() -> dict[str, Any]:
-    """The names that the page's code makes; its line in the matrix goes into a copy."""
+def added(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the page's code makes; its lines in the matrix and among the words go into copies."""
+    monkeypatch.setattr(specs, "POLICIES", dict(specs.POLICIES))
     torch.manual_seed(0)
     model = VAR(2, 32, 2, classes=5, codebook_size=16, code_dim=4, sides=SIDES).eval()
     names: dict[str, Any] = {
         "model": model, "tokenizer": VARVQVAE(16, 4, 32, (1, 1), 1, sides=SIDES).eval(), "__name__": "page",
         "labels": torch.tensor([1, 2]), "POLICIES": dict(POLICIES)}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(compile(block, "docs/adding-a-kv-policy.md", "exec", dont_inherit=True), names)
     return names
@@ -50,3 +53,15 @@ def test_the_new_policy_passes_the_matrix(model: str, added: dict[str, Any], mon
     full = {model: tiny[model].run(matrix.KVCache(tiny[model].schedule))}
     matrix.test_no_head_ever_keeps_more_than_its_budget(model, "longest-keys", False, tiny, full)
     matrix.test_a_budget_of_everything_changes_nothing(model, "longest-keys", tiny, full)
+    for storage in (torch.bfloat16, "int8"):
+        matrix.test_storage_goes_with_every_policy_and_model(
+            model, "longest-keys", storage, tiny, lambda m, p: matrix.ran(tiny[m], p, None), full)
+
+
+def test_the_new_policy_has_a_word(added: dict[str, Any]) -> None:
+    schedule, kind = added["model"].schedule(), added["LongestKeys"]
+    assert specs.parse_policy("longest-keys:12t+int8").build(schedule) == (kind(12), "int8")
+    assert specs.parse_policy("longest-keys:0.3").build(schedule)[0] == kind.from_ratio(schedule, 0.3) == kind(9)
+    assert kind.from_ratio(schedule, 0.3, of="all") == kind(20)
+    with pytest.raises(ConfigError, match="too small"):
+        kind(0)

@@ -119,7 +119,7 @@ def test_schedules_of_guidance() -> None:
         own.at(0, 3)
     for bad in ({"weight": math.nan}, {"weight": math.inf}, {"weights": (1.0, -math.inf)}, {"layer": 1}):
         with pytest.raises(ConfigError, match="uidance is"):
-            Guidance(**bad)  # type: ignore[arg-type]
+            Guidance(**bad)
 
 
 def test_guidance_survives_a_file() -> None:

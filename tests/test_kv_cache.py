@@ -172,8 +172,8 @@ def test_a_batch_is_its_pictures_one_by_one(storage: Any) -> None:
             out = []
             for step in range(5):
                 here = slice(schedule.starts[step], schedule.starts[step + 1])
-                out.append(torch.stack([cache.attend(*(t[rows, layer, :, here] for t in (q, k, v)), layer, step)
-                                        for layer in range(2)]))
+                out.append(torch.stack([cache.attend(q[rows, layer, :, here], k[rows, layer, :, here],
+                                                     v[rows, layer, :, here], layer, step) for layer in range(2)]))
             return torch.cat(out, 3)
 
         together = run([0, 1])
@@ -183,16 +183,17 @@ def test_a_batch_is_its_pictures_one_by_one(storage: Any) -> None:
 
 def test_a_storage_that_is_none_is_refused(tiny: dict[str, Tiny]) -> None:
     schedule = tiny["var"].schedule
-    for storage in ("bf16", "int3", torch.int32, 8):
+    strange: tuple[Any, ...] = ("bf16", "int3", torch.int32, 8)
+    for storage in strange:
         with pytest.raises(ConfigError, match="stored in a float type of torch"):
-            KVCache(schedule, storage=storage)  # type: ignore[arg-type]
+            KVCache(schedule, storage=storage)
     with pytest.raises(ConfigError, match="stored in a float type of torch"):
         MixedPrecision(coarse="int2")  # type: ignore[arg-type]
     odd = Schedule(((1, 1), (2, 2)), 1, 1, 5)
     KVCache(odd, storage="int8")
     for storage in ("int4", MixedPrecision()):
         with pytest.raises(ConfigError, match="5 dimensions a head are odd"):
-            KVCache(odd, storage=storage)  # type: ignore[arg-type]
+            KVCache(odd, storage=storage)
     with pytest.raises(ConfigError, match="batch of 3 is no two halves"):
         x = torch.zeros(3, 4, 1, 8)
         KVCache(schedule, batch_halves=True).attend(x, x, x, 0, 0)

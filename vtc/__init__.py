@@ -185,6 +185,7 @@ _MODULE_OF = {
     "WaveletBandEnergies": "vtc.eval.wavelet_bands",
     # generators
     "AdaptiveHeads": "vtc.generators.kv_cache.wrappers",
+    "AtIntervals": "vtc.generators.kv_cache.wrappers",
     "budget_from_ratio": "vtc.generators.kv_cache.policy",
     "calibrate": "vtc.generators.calibrate",
     "Calibration": "vtc.generators.kv_cache.calibration",
@@ -323,6 +324,7 @@ if TYPE_CHECKING:
     from vtc.generators.kv_cache.specs import parse_policy as parse_policy
     from vtc.generators.kv_cache.storage import MixedPrecision as MixedPrecision
     from vtc.generators.kv_cache.wrappers import AdaptiveHeads as AdaptiveHeads
+    from vtc.generators.kv_cache.wrappers import AtIntervals as AtIntervals
     from vtc.generators.kv_cache.wrappers import PerLayer as PerLayer
     from vtc.generators.llamagen import LlamaGen as LlamaGen
     from vtc.generators.memory import estimate_memory as estimate_memory
