@@ -4,12 +4,14 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +24,8 @@ from torch.utils.data import Dataset
 from tests.shared import ROOT
 from vtc.errors import ConfigError, ModelError, TrainingError
 from vtc.training import checkpoints
-from vtc.training.loop import Loop, Numbered, Recipe, Stopped, Task, picture_grid, run_script
+from vtc.training import loop as loop_module
+from vtc.training.loop import Loop, Numbered, Recipe, Stopped, Task, make_accelerator, picture_grid, run_script
 from vtc.training.recipe import add_recipe_flags, flag, parse_recipe_args, read_config, recipe_from
 
 
@@ -372,6 +375,165 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path):
     assert_equal(tensors(tmp_path / "plain"), tensors(tmp_path / "again"))
     with pytest.raises(ConfigError, match="Sequential has no gradient checkpointing"):
         loop_in(tmp_path, gradient_checkpointing=True)
+
+
+class Line(nn.Linear):
+    """torch.compile passes over modules whose forward pass is torch's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1
+
+
+class Lines(Reverse):
+    def __init__(self) -> None:
+        super().__init__(noise=0.0)
+        self.players = {"model": Line(4, 4), "critic": Line(4, 1)}
+
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="needs a C++ compiler")
+
+
+@needs_compiler
+def test_compiled_players_learn_the_same_and_keep_their_names(tmp_path):
+    """Weights after two steps to 1e-6: kernels add in another order. Names in checkpoints and models stay."""
+    torch._dynamo.utils.counters.clear()
+    for name, compiled in (("eager", False), ("compiled", True)):
+        loop_in(tmp_path / name, task=Lines(), max_train_steps=2, compile=compiled).run()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2  # the model's and the critic's
+    eager, compiled = (tensors(tmp_path / name, 2) for name in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys() and not any("_orig_mod" in name for name in compiled)
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, atol=1e-6, rtol=0, msg=name)
+    finished = torch.load(tmp_path / "compiled" / "model" / "weights.pt", weights_only=True)
+    assert finished.keys() == {"weight", "bias"}
+    logs = [json.loads((tmp_path / name / "train.jsonl").read_text()) for name in ("eager", "compiled")]
+    assert logs[0]["model/error"] == pytest.approx(logs[1]["model/error"], abs=1e-5)
+
+
+def test_a_compiler_that_fails_is_told_in_a_sentence(tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    with pytest.raises(TrainingError, match=r"^torch\.compile failed: .*; leave --compile out\.$"):
+        loop_in(tmp_path, task=Lines(), compile=True).train()
+
+
+# ---- float16 --------------------------------------------------------------------------------------------------------
+
+class Overflowing(Reverse):
+    """Its loss is beyond float32 times any loss scale above 2^`limit`, as float16's is beyond 65504."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(noise=0.0, critic=False)
+        self.limit = limit
+
+    def losses(self, player: str, batch: Tensor, step: int) -> dict[str, Tensor]:
+        error = super().losses(player, batch, step)["error"]
+        return {"error": error, "large": error * 0 + _Gate.apply(error, 2.0**self.limit)}
+
+
+class _Gate(torch.autograd.Function):
+    """Nothing forward; backward, a gradient above the limit becomes infinite."""
+
+    @staticmethod
+    def forward(ctx, x, limit):  # type: ignore[no-untyped-def]
+        ctx.limit = limit
+        return x * 0
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return torch.where(gradient.abs() > ctx.limit, torch.inf, 0.0) + gradient * 0, None
+
+
+def scaled(folder: Path, limit: int, **changes) -> Loop:
+    """A loop whose scaler works as on a GPU; numbers are float32, for there is no float16 autocast here."""
+    made = dict(mixed_precision="fp16", logging_steps=1, gradient_accumulation_steps=1, lr_scheduler="constant",
+                lr_warmup_steps=0, weight_decay=0.0)
+    loop = Loop(Overflowing(limit), recipe(**{**made, **changes}), Accelerator(cpu=True), Numbers(), folder)
+    assert loop.scaler is not None and loop.scaler.get_scale() == 2.0**16
+    return loop
+
+
+def test_float16_steps_beyond_its_range_are_skipped_and_counted(tmp_path):
+    """Three halvings until the scale fits; then every step is what it is without a scale, to 1e-6."""
+    loop = scaled(tmp_path / "a", limit=13, max_train_steps=8)
+    start = {name: p.detach().clone() for name, p in loop.task.model.named_parameters()}
+    loop.train(stop_at=3)
+    assert all(torch.equal(p, start[name]) for name, p in loop.task.model.named_parameters())
+    loop.train(stop_at=5)
+    again = scaled(tmp_path / "a", limit=13, max_train_steps=8)  # the scale is in the checkpoint
+    again.resume("latest")
+    assert again.scaler is not None and again.scaler.get_scale() == 2.0**13
+    again.train()
+    log = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "a" / "train.jsonl").open()]
+    assert [line["model/skipped_steps" if "model/skipped_steps" in line else "skipped_steps"] for line in log] == [
+        1, 1, 1, 0, 0, 0, 0, 0]
+    assert [line["loss_scale"] for line in log] == [2.0**15, 2.0**14, 2.0**13] + [2.0**13] * 5
+    assert all("model/grad_norm" in line for line in log[3:])
+
+    class Later(Numbers):
+        def __getitem__(self, n: int) -> Tensor:
+            return super().__getitem__(n + 3 * 3)  # without the samples of the three steps
+
+    plain = Loop(Overflowing(99), recipe(max_train_steps=5, gradient_accumulation_steps=1, lr_scheduler="constant",
+                                         lr_warmup_steps=0), Accelerator(cpu=True), Later(), tmp_path / "b")
+    plain.train()
+    for mine, its in zip(again.task.model.parameters(), plain.task.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-6, rtol=0)
+
+
+def test_float16_that_never_fits_stops_the_run(tmp_path):
+    with pytest.raises(TrainingError, match=r"Step 21 has no finite loss or gradient: model/grad_norm is"):
+        scaled(tmp_path, limit=-99, max_train_steps=40, checkpointing_steps=100).train()
+
+
+def test_float16_needs_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ConfigError, match=r"^--mixed_precision fp16 needs a GPU: here, take bf16 or no\.$"):
+        make_accelerator(recipe(mixed_precision="fp16"), tmp_path)
+
+
+# ---- trackers -------------------------------------------------------------------------------------------------------
+
+def test_tensorboard_gets_numbers_grids_and_hyper_parameters(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    chosen = recipe(report_to="tensorboard", max_train_steps=10)
+    Loop(Reverse(), chosen, make_accelerator(chosen, tmp_path), Numbers(), tmp_path).train()
+    events = EventAccumulator(str(tmp_path / "logs" / "vtc")).Reload()
+    assert {"model/error", "critic/critic", "model/grad_norm", "learning_rate", "codebook_usage",
+            "validation/noise"} <= set(events.Tags()["scalars"])
+    assert [(e.step, pytest.approx(e.value)) for e in events.Scalars("learning_rate")] == [
+        (step, chosen.learning_rate_at(step - 1)) for step in (5, 10)]
+    (grid,) = events.Images("samples")
+    assert (grid.step, grid.width, grid.height) == (10, 8, 8)  # three pictures of four pixels, two by two
+    (parameters,) = (tmp_path / "logs" / "vtc").glob("*/hparams.yml")
+    assert read_config(parameters)["max_train_steps"] == 10
+
+
+def test_wandb_gets_them_when_it_is_asked_for(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    logged: list[tuple[dict, int]] = []
+    asked: dict = {}
+    told: dict = {}
+    run = SimpleNamespace(log=lambda values, step: logged.append((values, step)),
+                          finish=lambda: logged.append(({}, -1)))
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.update(settings) or run)
+    monkeypatch.setattr(wandb, "config", SimpleNamespace(update=lambda values, **_: told.update(values)))
+    chosen = recipe(report_to="wandb", max_train_steps=10, tracker_project_name="reverse")
+    Loop(Reverse(), chosen, make_accelerator(chosen, tmp_path / "run-3"), Numbers(), tmp_path / "run-3").train()
+    assert asked == {"project": "reverse", "name": "run-3", "dir": str(tmp_path / "run-3")}
+    assert [step for values, step in logged if "learning_rate" in values] == [5, 10]
+    assert {name for values, step in logged if step == 10 for name in values} >= {"validation/noise", "samples"}
+    assert told["max_train_steps"] == 10 and logged[-1] == ({}, -1)
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "is_wandb_available", lambda: False)
+    with pytest.raises(ConfigError, match=r"^--report_to wandb needs the package wandb, which is not installed: pip"):
+        make_accelerator(recipe(report_to="wandb"), tmp_path)
 
 
 def test_without_an_average_the_model_itself_is_saved(tmp_path):

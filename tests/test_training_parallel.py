@@ -24,14 +24,17 @@ from tests.test_training import MODEL_ARGS, recipe
 from tests.test_training_generator import SIDES, pyramid
 from tests.test_training_generator import recipe as generator_recipe
 from tests.test_training_loop import Reverse, loop_in
+from tests.test_training_loop import recipe as loop_recipe
 from tests.test_training_vae import small
+from vtc.errors import ConfigError
 from vtc.generators.infinity import Infinity
 from vtc.generators.llamagen import LlamaGen
 from vtc.generators.var import VAR
 from vtc.tokenizers.infinity_vae import InfinityVAE
+from vtc.training.accelerate_config import follow_accelerate_config
 from vtc.training.generator import InfinityTask, RasterTask, VARTask
 from vtc.training.loop import Loop, Recipe, Task, make_accelerator
-from vtc.training.sharding import is_sharded
+from vtc.training.sharding import is_sharded, kinds_to_shard
 from vtc.training.tokenizer import TokenizerTask, make_tokenizer
 from vtc.training.vae import KLAutoencoder, KLTask
 from vtc.training.vae_recipe import KLRecipe
@@ -120,13 +123,14 @@ def models() -> Iterator[tuple[str, Recipe, Task, Any]]:
     vae = InfinityVAE(4, 32, (1, 1, 1, 1), 1, sides=SIDES).eval()
     bits = Infinity(2, 32, 4, bits=4, text_width=8, text_tokens=3, pool_heads=2, chunks=1)
     held_out = [tuple(part[None] for part in Prompted()[9])]
-    yield "infinity", tokens, InfinityTask(bits, vae, tokens, vae.scales(32, 32), held_out), Prompted()  # type: ignore[arg-type]
+    yield "infinity", tokens, InfinityTask(bits, vae, tokens, vae.scales(32, 32), held_out), Prompted()
     kl = KLRecipe(resolution=32, train_batch_size=2, max_train_steps=2, perceptual_weight=0.0, adversarial_weight=0.0,
                   learning_rate=0.1, report_to="none", dataloader_num_workers=0, checkpointing_steps=1)
     yield "vae", kl, KLTask(KLAutoencoder(small()), kl, None, None), Pictures()
     settings = recipe(max_train_steps=2, train_batch_size=2, learning_rate=0.1, checkpointing_steps=1)
     torch.manual_seed(0)
-    yield "var_vqvae", settings, TokenizerTask(make_tokenizer("var_vqvae", MODEL_ARGS["var_vqvae"]), settings), Pictures()
+    model = make_tokenizer("var_vqvae", MODEL_ARGS["var_vqvae"])
+    yield "var_vqvae", settings, TokenizerTask(model, settings), Pictures()
 
 
 def train_shared_out(folder: Path) -> None:
@@ -201,8 +205,66 @@ def test_weights_that_are_shared_out_learn_what_whole_ones_do(two_processes, nam
         learned = load_file(file)
         assert_close(learned, load_file(shared / "checkpoint-2" / file.name), file.stem)
         assert any((learned[key] - start[key]).abs().max() > 1e-3 for key in start if key in learned)
-    states = [torch.load(kind / "checkpoint-2" / "training.pt", weights_only=True)["optimizers"] for kind in (whole, shared)]
+    states = [torch.load(kind / "checkpoint-2" / "training.pt", weights_only=True)["optimizers"]
+              for kind in (whole, shared)]
     norms = [sorted(float(state["momentum_buffer"].norm()) for player in optimizers.values()
                     for state in player["state"].values()) for optimizers in states]
     assert norms[0] == pytest.approx(norms[1], abs=1e-5) and max(norms[0]) > 1e-3
     assert (shared / "model").is_dir()
+
+
+# ---- configurations -------------------------------------------------------------------------------------------------
+
+LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+            "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "false",
+            "FSDP_FORWARD_PREFETCH": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+
+
+def test_settings_of_an_fsdp_configuration_become_the_recipes():
+    plain = loop_recipe()
+    assert follow_accelerate_config(plain, {"ACCELERATE_MIXED_PRECISION": "no"}) == [] and not plain.shard
+    chosen = loop_recipe()
+    told = follow_accelerate_config(chosen, {
+        **LAUNCHED, "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "Block, Other", "ACCELERATE_MIXED_PRECISION": "bf16",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"})
+    assert chosen.shard and chosen.gradient_checkpointing and not chosen.reshard_after_forward
+    assert chosen.shard_classes == ("Block", "Other")
+    assert [sentence.split(";")[0].split(" says ")[1] for sentence in told] == [
+        "mixed_precision bf16", "gradient_accumulation_steps 4", "dynamo_backend inductor"]
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed is not for this loop"),
+    ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not for this loop"),
+    ({**LAUNCHED, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "a parallelism_config is not for this loop"),
+    ({**LAUNCHED, "FSDP_VERSION": "1"}, "knows FSDP 2 only: set fsdp_version: 2"),
+    ({**LAUNCHED, "FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params is not for this loop"),
+    ({**LAUNCHED, "FSDP_FORWARD_PREFETCH": "True"}, "fsdp_forward_prefetch is not for this loop"),
+    ({**LAUNCHED, "FSDP_IGNORED_MODULES": "head"}, "fsdp_ignored_modules is not for this loop"),
+    ({**LAUNCHED, "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "not SIZE_BASED_WRAP: models are shared out by their"),
+    ({**LAUNCHED, "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"}, "is true or false in FSDP 2, not FULL_SHARD"),
+])
+def test_what_the_loop_does_not_do_is_refused_by_its_name(settings, message, tmp_path, monkeypatch):
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        make_accelerator(loop_recipe(), tmp_path)
+
+
+def test_the_shipped_configurations_say_what_accelerate_reads():
+    from accelerate.commands.config import load_config_from_file
+
+    fsdp, ddp = (load_config_from_file(str(ROOT / "scripts/configs" / name)) for name in ("fsdp.yaml", "ddp.yaml"))
+    assert (fsdp.distributed_type, ddp.distributed_type) == ("FSDP", "MULTI_GPU")
+    assert fsdp.num_processes == ddp.num_processes == 8
+    assert fsdp.fsdp_config["fsdp_version"] == 2
+
+
+def test_a_model_without_blocks_is_not_shared_out():
+    with pytest.raises(ConfigError, match=r"^Linear has no blocks that could be shared out over processes"):
+        kinds_to_shard(torch.nn.Linear(1, 1), (torch.nn.Conv2d,))
+    model = LlamaGen(1, 32, 4, 64, classes=2, codebook_size=16, side=4)
+    assert kinds_to_shard(model, RasterTask.blocks, ["Block"]) == RasterTask.blocks
+    with pytest.raises(ConfigError, match="LlamaGen shares out Block, not Attention, Nothing: leave --shard_classes"):
+        kinds_to_shard(model, RasterTask.blocks, ["Attention", "Block", "Nothing"])

@@ -222,8 +222,8 @@ class Loop:
             split_groups(optimizer)
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if recipe.mixed_precision == "fp16" else None
         if recipe.compile:
-            for player in task.players.values():
-                player.compile()
+            for module in task.compiled():
+                module.compile()  # in place: names of tensors stay
 
     @property
     def averaged(self) -> nn.Module:

@@ -63,7 +63,7 @@ class Recipe:
                           ("auto", "none", "tensorboard", "wandb", "all"))
     tracker_project_name: str = flag("vtc", "project of wandb; folder of TensorBoard below OUTPUT_DIR/logs")
     gradient_checkpointing: bool = flag(False, "compute activations again in the backward pass: less memory")
-    compile: bool = flag(False, "torch.compile the players")
+    compile: bool = flag(False, "torch.compile the forward passes; another random state than without")
     shard: bool = flag(False, "share the weights of the model's blocks out over the processes (FSDP 2)")
     reshard_after_forward: bool = flag(True, "with --shard, let whole weights go between the passes: less memory")
     shard_classes: tuple[str, ...] = flag((), "with --shard, classes of the blocks; default: those that the task knows")

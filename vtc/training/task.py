@@ -69,6 +69,10 @@ class Task:
     def before_step(self, step: int) -> None:
         """Called before each step: to start a codebook, to anneal a weight."""
 
+    def compiled(self) -> list[nn.Module]:
+        """What `--compile` compiles: modules whose forward pass is called in a step."""
+        return list(self.players.values())
+
     def report(self, step: int) -> dict[str, float]:
         """Further numbers of the log, every `logging_steps`; all processes ask. Those that end in "usage" are shares of
         a codebook in use, which the loop watches.

@@ -227,6 +227,12 @@ class TokenizerTask(Task):
                 group["share"] = rate / recipe.learning_rate
         return groups
 
+    def compiled(self) -> list[nn.Module]:
+        if not self.recipe.stage2:
+            return super().compiled()
+        decoder = cast(nn.Module, cast(Any, self.tokenizer).decoder)  # the model's own forward pass is not asked
+        return [decoder, *[self.players[name] for name in self.players if name != "model"]]
+
     # ---- the codebook -----------------------------------------------------------------------------------------------
 
     def before_step(self, step: int) -> None:
