@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.shared import ROOT, SHARED, needs_shared
 from tests.test_training_data import photographs  # noqa: F401  # a fixture
 from vtc.errors import ConfigError
+from vtc.eval.ssim import structural_similarity
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.composed import NETWORKS, QUANTIZERS, compose
 from vtc.tokenizers.local_vq import LocalVQ
@@ -24,7 +25,7 @@ from vtc.training.data import RandomCrops, image_files
 from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss, RandomView
 from vtc.training.tokenizer import MODELS, TokenizerRecipe, TokenizerTask, evaluate, make_tokenizer
-from vtc.training.validation import Validation
+from vtc.training.validation import Options, Validation, validation_measures
 
 NARROW = {"channels": 32, "channel_multipliers": [1, 1, 1], "num_res_blocks": 1}  # f = 4
 VQGAN = {**NARROW, "z_channels": 8}
@@ -271,6 +272,45 @@ def test_validation_measures_whole_pictures(name):
     grid = task.samples(model, 0)
     assert grid is not None and grid.shape == (4, 3, 32, 32)
     assert torch.equal(grid[0], images[0][:, 4:36, 12:44])
+
+
+def test_validation_goes_through_the_suite_and_tells_what_it_goes_without(tmp_path, caplog, monkeypatch):
+    """Numbers of the suite's functions, codebook use by counting; missing weights, failures and few pictures named."""
+    monkeypatch.delenv("VTC_LPIPS_WEIGHTS", raising=False)
+    model = local().eval()
+    images = [torch.rand(3, 40, 56), torch.rand(3, 48, 33), torch.rand(3, 8, 8)]
+    measures = validation_measures(["ssim", "lpips", "codebook", "psnr"], Options(lpips_weights=str(tmp_path)))
+    assert [measure.alias for measure in measures] == ["psnr", "ssim", "codebook"]
+    assert "The validation goes without lpips_alex: " in caplog.text
+    found = Validation(images, measures).of_tokenizer(model)
+    tokens = [model.encode(image[None]) for image in images]
+    rounded = [(model.decode(t) * 255).round() / 255 for t in tokens]
+    pairs = list(zip(rounded, (image[None] for image in images), strict=True))
+    errors = [(a - b).square().mean().item() for a, b in pairs]
+    assert found["psnr"] == pytest.approx(sum(-10 * math.log10(error) for error in errors) / 3, abs=1e-4)
+    assert found["ssim"] == pytest.approx(sum(float(structural_similarity(a, b)) for a, b in pairs[:2]) / 2, abs=1e-6)
+    counts = torch.cat([t.indices.flatten() for t in tokens]).bincount(minlength=16)
+    p = counts[counts > 0] / counts.sum()
+    assert found["codebook_usage"] == pytest.approx((counts > 0).float().mean().item())
+    assert found["codebook_entropy_bits"] == pytest.approx(-(p * p.log2()).sum().item(), abs=1e-5)
+    assert set(found) == {"psnr", "ssim", "codebook_usage", "codebook_entropy_bits", "codebook_perplexity"}
+
+    def fails(image: Tensor) -> Tensor:
+        return image[..., 1:]
+
+    assert Validation(images, measures).of_autoencoder(fails, torch.device("cpu")) == {}
+    assert "3 of the validation's measurements failed, the first one: 0: the original has 56x40 pixels" in caplog.text
+    with pytest.raises(ConfigError, match="There is no metric psnt"):
+        validation_measures(["psnt"], Options())
+
+
+@needs_shared("weights")
+def test_a_frechet_distance_of_few_pictures_is_measured_and_said_to_be_one(caplog):
+    options = Options(lpips_weights=str(SHARED / "weights"))
+    validation = Validation([torch.rand(3, 64, 64) for _ in range(3)], validation_measures(["fd_alexnet"], options))
+    assert "fd_alexnet of 3 pictures over 256 features says little" in caplog.text
+    same, other = (validation.of_autoencoder(made, torch.device("cpu")) for made in (lambda x: x, lambda x: 1 - x))
+    assert same["fd_alexnet"] == pytest.approx(0, abs=1e-3) and other["fd_alexnet"] > 1
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------

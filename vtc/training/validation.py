@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,8 +73,14 @@ def validation_measures(names: Sequence[str], options: Options) -> list[Measure]
         try:
             found.append(CountedWords() if name == "codebook" else build(name, options))
         except ModelError as error:
-            log.warning("The validation goes without %s: %s.", name, first_sentence(error))
+            _say("The validation goes without %s: %s.", name, first_sentence(error))
     return found
+
+
+def _say(text: str, *values: object) -> None:
+    """A warning, by the first of a run's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning(text, *values)
 
 
 @dataclass
@@ -118,8 +125,8 @@ class Validation:
         for measure in self.measures:
             features = int(getattr(measure.extractor, "num_features", 0)) if isinstance(measure, Features) else 0
             if len(self.pictures) <= features and isinstance(measure, Features) and measure.size is None:
-                log.warning("%s of %d pictures over %d features says little: compare it within this run only.",
-                            measure.alias, len(self.pictures), features)
+                _say("%s of %d pictures over %d features says little: compare it within this run only.",
+                     measure.alias, len(self.pictures), features)
 
     def of_tokenizer(self, model: Tokenizer) -> dict[str, float]:
         """What a tokenizer makes of the pictures, and how it uses its codebook."""
@@ -151,8 +158,7 @@ class Validation:
         suite = _Held([model], measures, device=self.device, pictures=self.pictures)
         results, problems = suite.run(items, _Alone())
         if problems:
-            log.warning("%d of the validation's measurements failed, the first one: %s", len(problems),
-                        problems[0].sentence)
+            _say("%d of the validation's measurements failed, the first one: %s", len(problems), problems[0].sentence)
         names = dict(_SHORT)
         for measure in measures:
             of_measure = [s.name for s in measure.statistics] or list(getattr(measure, "metrics", {}))
