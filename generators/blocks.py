@@ -100,9 +100,12 @@ def attention_by_scale(sizes: Sequence[int], softmax_scale: float = 1.0, togethe
     first = max([end for end in ends if end <= together], default=ends[0])
     step = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes)))[:first]
     starts = [first] + [end for end in ends if end > first]
+    seen = step[:, None] >= step
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        mask = (step[:, None] >= step).to(q.device) if first > sizes[0] else None
+        nonlocal seen
+        seen = seen.to(q.device)  # the first layer moves it for all
+        mask = seen if first > sizes[0] else None
         parts = [F.scaled_dot_product_attention(q[:, :, :first], k[:, :, :first], v[:, :, :first], attn_mask=mask,
                                                 scale=softmax_scale)]
         for start, end in pairwise(starts):

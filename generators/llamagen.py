@@ -157,6 +157,8 @@ class LlamaGen(nn.Module, PretrainedMixin):
         both = torch.cat([labels, torch.full_like(labels, self.classes)]) if guidance.active else labels
         if given is not None and not given[0].shape == given[1].shape == (len(labels), self.tokens):
             raise ConfigError(f"Given tokens are ({len(labels)}, {self.tokens}) indices and a mask like them.")
+        if given is not None and ((held := given[0][given[1]]) < 0).logical_or(held >= self.codebook_size).any():
+            raise ConfigError(f"Given tokens are words from 0 to {self.codebook_size - 1}.")
         x, positions = self.class_embedding(both)[:, None], self.positions()
         drawn = []
         for number in range(self.tokens):

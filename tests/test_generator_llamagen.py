@@ -230,3 +230,7 @@ def test_seeds_and_given_tokens() -> None:
     words, held = torch.tensor([[2, 0, 1, 2]]), torch.tensor([[True, False, True, False]])
     tokens, _ = model.generate(torch.tensor([1]), tok, Sampling(), given=(words, held))
     assert torch.equal(tokens.indices[..., 0][held], words[held])
+    for strange in (-1, 3):
+        words[0, 2] = strange
+        with pytest.raises(ConfigError, match="words from 0 to 2"):
+            model.generate(torch.tensor([1]), tok, given=(words, held))

@@ -191,7 +191,8 @@ def test_a_storage_that_is_none_is_refused(tiny: dict[str, Tiny]) -> None:
         MixedPrecision(coarse="int2")  # type: ignore[arg-type]
     odd = Schedule(((1, 1), (2, 2)), 1, 1, 5)
     KVCache(odd, storage="int8")
-    for storage in ("int4", MixedPrecision()):
+    halved: tuple[Any, ...] = ("int4", MixedPrecision())
+    for storage in halved:
         with pytest.raises(ConfigError, match="5 dimensions a head are odd"):
             KVCache(odd, storage=storage)
     with pytest.raises(ConfigError, match="batch of 3 is no two halves"):

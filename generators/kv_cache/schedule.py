@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
@@ -70,9 +70,14 @@ class Schedule:
 
     def step_of(self, tokens: Tensor) -> Tensor:
         """Token numbers to the steps that they belong to."""
-        ends = torch.tensor(self.starts[1:], device=tokens.device)
-        return torch.bucketize(tokens, ends, right=True)
+        return torch.bucketize(tokens, _ends(self.starts[1:], tokens.device), right=True)
 
     def kv_bytes(self, tokens: float, batch: int, bytes_per_number: float = 2.0) -> float:
         """Bytes of the keys and values of `tokens` tokens in every layer and head. batch: both halves of guidance."""
         return 2 * self.layers * self.heads * self.head_dim * tokens * batch * bytes_per_number
+
+
+@lru_cache(maxsize=32)
+def _ends(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The numbers on a device, which policies ask for at every step."""
+    return torch.tensor(numbers, device=device)
