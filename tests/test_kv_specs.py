@@ -27,7 +27,7 @@ from vtc.generators.kv_cache.sliding import SlidingScales, StreamingLLM
 from vtc.generators.kv_cache.snapkv import PyramidKV, SnapKV
 from vtc.generators.kv_cache.specs import POLICIES, STORAGES, Budget, PolicySpec, parse_policy, parse_storage
 from vtc.generators.kv_cache.storage import MixedPrecision
-from vtc.generators.kv_cache.wrappers import AdaptiveHeads
+from vtc.generators.kv_cache.wrappers import AdaptiveHeads, AtIntervals
 
 VAR_256 = Schedule(tuple((s, s) for s in (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)), 4, 8, 16)
 
@@ -72,6 +72,19 @@ def test_words_of_policies_that_need_one() -> None:
     assert isinstance(ada, AdaptiveHeads) and ada.policy == SnapKV(127)
     assert max(len(set(layer)) for layer in ada.tokens) == 2
     assert 126 <= sum(map(sum, ada.tokens)) / 32 <= 127
+
+
+def test_an_interval_stays_within_the_budget() -> None:
+    raster = Schedule(((1, 1),) * 64, 2, 4, 8, raster=True, columns=8)
+    policy, _ = built("h2o:20t,interval=8,recent=0.25", raster)
+    assert policy == AtIntervals(H2O(13, 0.25), 8)
+    assert max(policy.budget(raster, 0, step) for step in range(63)) == 20
+    assert built("h2o:20t,interval=1", raster)[0] == H2O(20)
+    for word, why in (("h2o:20t,interval=21", "up to the budget, here 20"), ("h2o:20t,interval=0", "from 1 token")):
+        with pytest.raises(ConfigError, match=why):
+            built(word, raster)
+    with pytest.raises(ConfigError, match="whole scales at once"):
+        built("h2o:127t,interval=8")
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.6, 0.8, 0.95])

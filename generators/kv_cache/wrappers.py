@@ -42,9 +42,10 @@ class Around(KVPolicy):
 
 @dataclass(frozen=True)
 class AtIntervals(Around):
-    """A raster model's policy that drops only after each `interval` tokens, of which up to one less stay above budget.
+    """A raster model's policy that drops only after each `interval` tokens; up to one less may be above its budget.
 
-    Dropping copies everything that stays, which one token at a time is most of what a policy costs.
+    Dropping copies everything that stays. Measured, one thread (6 layers of width 384, batch 8, 256 tokens, at most 77
+    kept): H2O took 5.6 processor seconds, with an interval of 8 4.3, and keeping all 4.0.
     """
 
     interval: int
