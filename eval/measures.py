@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from vtc.eval.glcm import Form, glcm_score, jpeg_bytes
 from vtc.eval.kid import KernelDistance, KernelInceptionDistance
 from vtc.eval.lattice import LatticeRatio
 from vtc.eval.lpips import LPIPS, learned_perceptual_image_patch_similarity
-from vtc.eval.metric import check_images
+from vtc.eval.metric import Metric, check_images
 from vtc.eval.names import MEASURES, SYNONYMS
 from vtc.eval.patch_frechet import patches
 from vtc.eval.precision_recall import PrecisionRecall, PrecisionRecallMetric
@@ -49,6 +49,8 @@ from vtc.eval.token_statistics import token_statistics
 from vtc.eval.wavelet_bands import band_energies
 from vtc.images import to_uint8
 from vtc.tokenizers.lpips import Backbone
+
+AnyMetric = TypeVar("AnyMetric", bound=Metric)
 
 
 @dataclass
@@ -304,9 +306,15 @@ class Lattice(Measure):
         return _Spectrum(self.period)
 
 
+def alone(metric: AnyMetric) -> AnyMetric:
+    """A metric that one process adds up for all: in `compute`, torchmetrics would wait for the others for ever."""
+    metric.sync_on_compute = metric._to_sync = False
+    return metric
+
+
 class _Spectrum(Collector):
     def __init__(self, period: int) -> None:
-        self.metric = LatticeRatio(period)
+        self.metric = alone(LatticeRatio(period))
 
     def add(self, parts: Mapping[str, np.ndarray]) -> None:
         self.metric.spectrum += torch.from_numpy(parts["spectrum"])
@@ -342,7 +350,7 @@ class _Words(Collector):
     """Of several groups of tokens the first is the language, of several scales the last, which is the finest."""
 
     def __init__(self, vocab: tuple[int, ...]) -> None:
-        self.metric = CodebookUsageMetric(vocab)
+        self.metric = alone(CodebookUsageMetric(vocab))
         self.vocab, self.tokens = vocab[0], 0
         self.documents: list[np.ndarray] = []
 
@@ -392,7 +400,7 @@ class Features(Measure):
                           for part in images.split(32)]).float().cpu().numpy()
 
     def collector(self, description: Mapping[str, Any]) -> Collector:
-        return _Clouds({name: make(self.extractor) for name, make in self.metrics.items()})
+        return _Clouds({name: alone(make(self.extractor)) for name, make in self.metrics.items()})
 
 
 class _Clouds(Collector):

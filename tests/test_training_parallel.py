@@ -4,6 +4,7 @@ They are started by `accelerate launch` with the configuration for FSDP that is 
 accelerator by `make_accelerator` share weights out, and must end where those do that hold whole models.
 """
 
+import json
 import os
 import socket
 import subprocess
@@ -38,8 +39,10 @@ from vtc.training.sharding import is_sharded, kinds_to_shard
 from vtc.training.tokenizer import TokenizerTask, make_tokenizer
 from vtc.training.vae import KLAutoencoder, KLTask
 from vtc.training.vae_recipe import KLRecipe
+from vtc.training.validation import Options, Validation, validation_measures
 
 STEPS = 4
+CHEAP = ["psnr", "lattice", "codebook"]
 FSDP = ROOT / "scripts/configs/fsdp.yaml"
 
 
@@ -105,7 +108,8 @@ def train(folder: Path, batch: int) -> None:
         model = make_tokenizer(name, MODEL_ARGS[name])
         # dead words are revived by latents of the first process, which one process has not alone
         model.quantizer.dead_below = 0.0  # type: ignore[union-attr]
-        task = with_plain_steps(TokenizerTask(model, settings))
+        held = Validation([Pictures()[n] / 255 for n in range(2)], validation_measures(CHEAP, Options()))
+        task = with_plain_steps(TokenizerTask(model, settings, validation=held))
         Loop(task, settings, accelerator, Pictures(), folder / name).train()
 
 
@@ -192,6 +196,10 @@ def test_two_processes_are_one_with_twice_the_batch(two_processes, tmp_path):
     a, b = (torch.load(folder / "sharded" / "model" / "weights.pt", weights_only=True)
             for folder in (tmp_path, two_processes))
     assert_close(a, b, "the finished model")
+    for name in ("local_vq", "wetok"):  # measured by the main process, while the other one waits
+        told = [json.loads((folder / name / "validation.jsonl").read_text()) for folder in (tmp_path, two_processes)]
+        assert told[0] == pytest.approx({**told[1], "seconds": told[0]["seconds"]}, rel=1e-3)
+        assert {"psnr", "codebook_usage"} <= told[0].keys()
     moved = load_file(tmp_path / "local_vq" / f"checkpoint-{STEPS}" / "discriminator.safetensors")
     assert moved["lecam.ema_fake"] != 0
 

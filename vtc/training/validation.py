@@ -26,7 +26,17 @@ from torch import Tensor
 from vtc.errors import ModelError, first_sentence
 from vtc.eval.codebook import MAX_WORDS, CodebookUsageMetric
 from vtc.eval.lpips import learned_perceptual_image_patch_similarity
-from vtc.eval.measures import Codebook, Collector, Features, Measure, Options, PairMeasure, build, parse_names
+from vtc.eval.measures import (
+    Codebook,
+    Collector,
+    Features,
+    Measure,
+    Options,
+    PairMeasure,
+    alone,
+    build,
+    parse_names,
+)
 from vtc.eval.pairs import Item
 from vtc.eval.suite import Method, Processes, Reconstruction, Suite
 from vtc.tokenizers.base import Tokenizer
@@ -52,7 +62,7 @@ class CountedWords(Codebook):
 
 class _Counts(Collector):
     def __init__(self, vocab: tuple[int, ...]) -> None:
-        self.metric = CodebookUsageMetric(vocab)
+        self.metric = alone(CodebookUsageMetric(vocab))
 
     def add(self, parts: Mapping[str, np.ndarray]) -> None:
         self.metric.update(torch.from_numpy(parts["tokens"]))
