@@ -436,12 +436,12 @@ class _Gate(torch.autograd.Function):
     """Nothing forward; backward, a gradient above the limit becomes infinite."""
 
     @staticmethod
-    def forward(ctx, x, limit):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, limit):
         ctx.limit = limit
         return x * 0
 
     @staticmethod
-    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+    def backward(ctx, gradient):
         return torch.where(gradient.abs() > ctx.limit, torch.inf, 0.0) + gradient * 0, None
 
 

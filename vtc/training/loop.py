@@ -223,7 +223,8 @@ class Loop:
         self.scaler = torch.amp.GradScaler(accelerator.device.type) if recipe.mixed_precision == "fp16" else None
         if recipe.compile:
             for module in task.compiled():
-                module.compile()  # in place: names of tensors stay
+                # In place: names of tensors stay. Crops have one size; kernels for any size fail on pooled pyramids.
+                module.compile(dynamic=False)
 
     @property
     def averaged(self) -> nn.Module:
