@@ -79,7 +79,7 @@ class KVCache:
         # Any other grows as it goes: a raster model's by half at a time, for its steps are many and small.
         if not self.schedule.raster:
             return TokenBuffer(self.storage, growth=1.0)
-        most = max(self.policy.budget(self.schedule, layer, step) for step in range(self.schedule.steps))
+        most = self.policy.budget(self.schedule, layer, self.schedule.steps - 1)
         return TokenBuffer(self.storage, limit=min(most, self.schedule.stored_tokens) + 1)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int, step: int) -> Tensor:
