@@ -16,8 +16,11 @@ from vtc.errors import ConfigError
 from vtc.models import load_generator, load_tokenizer
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.vqgan import VQGAN
+from vtc.training.codebook import CodebookRecipe
 from vtc.training.codebook_task import CodebookTaskRecipe, clustered
+from vtc.training.concealer import ConcealerRecipe
 from vtc.training.generator import GeneratorRecipe
+from vtc.training.prior import PriorRecipe
 from vtc.training.recipe import recipe_from
 from vtc.training.token_shards import TokenShards
 from vtc.training.tokenizer import make_tokenizer
@@ -26,7 +29,7 @@ from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe
 from vtc.training.wlf_recipe import WLFRecipe
 
 RECIPES = ROOT / "docs/recipes"
-PAGES = sorted([*RECIPES.glob("*.md"), ROOT / "docs/training.md"])
+PAGES = sorted([*RECIPES.glob("*.md"), ROOT / "docs/training.md", ROOT / "docs/training-the-defaults.md"])
 SYSTEMS = ("wetok", "finetuned_vqgan", "sc_vae", "var", "infinity")
 
 
@@ -50,14 +53,21 @@ def parsed(words: list[str]):
 def recipe_of(name: str, args) -> type:
     objective = ScaleConsistentRecipe if getattr(args, "objective", "") == "scale_consistent" else KLRecipe
     return {"train_tokenizer": TokenizerRecipe, "train_generator": GeneratorRecipe, "train_vae": objective,
-            "finetune_wlf": WLFRecipe, "finetune_vqgan_codebook": CodebookTaskRecipe}[name]
+            "finetune_wlf": WLFRecipe, "finetune_vqgan_codebook": CodebookTaskRecipe, "train_prior": PriorRecipe,
+            "train_concealer": ConcealerRecipe, "finetune_codebook": CodebookRecipe}[name]
+
+
+#: scripts that train nothing, and so have no recipe
+WITHOUT_RECIPE = ("tokenize_dataset", "bench_training", "fit_tables", "calibrate_kv", "quantize_weights",
+                  "shard_pictures", "contact_sheet")
 
 
 @pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page}-{n}" for n, (page, _) in enumerate(LINES)])
 def test_a_launch_line_is_what_its_script_takes(page, words, monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # some scripts import their neighbours
     name, args = parsed(words)
-    if name not in ("tokenize_dataset", "finetune_codebook", "bench_training"):
+    if name not in WITHOUT_RECIPE:
         recipe_from(recipe_of(name, args), args)
     if name == "train_tokenizer" and not args.init_from:
         with torch.device("meta"):
