@@ -12,6 +12,7 @@ sharding, which therefore refuses to resume it.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,6 +48,9 @@ def shard_blocks(module: nn.Module, blocks: tuple[type[nn.Module], ...], device:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    # Torch warns of blocks whose output is a view, for the sake of in-place operations on it; our networks have none,
+    # and the tests compare the gradients.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     outermost: list[nn.Module] = []
     inside: set[nn.Module] = set()
