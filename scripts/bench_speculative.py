@@ -82,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
     if args.images < 1 or min(args.ahead) < 1:
         raise ConfigError("--images and --ahead are at least 1.")
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
     generator = load_generator(args.model).to(args.device)
     target, draft = generator.model, generator.draft
     if not isinstance(target, LlamaGen) or draft is None:
