@@ -151,6 +151,17 @@ def test_the_discriminator_joins_at_its_step_and_sees_reconstructions_without_gr
     assert "share" not in task.parameter_groups("model", task.recipe)[0]
 
 
+def test_a_discriminator_may_learn_before_it_is_heard():
+    task = TokenizerTask(local(), recipe(**GAN, discriminator_start=1))
+    heard = {step: "gan" in task.losses("model", pictures(), step) for step in (0, 1, 2, 3)}
+    assert heard == {0: False, 1: False, 2: False, 3: True}
+    for step in (0, 1, 2, 3):
+        task.losses("model", pictures(), step)
+        assert bool(task.losses("discriminator", pictures(), step)) == (step >= 1)
+    with pytest.raises(ConfigError, match="learnt nothing"):
+        recipe(**GAN, discriminator_start=4)
+
+
 @pytest.mark.parametrize("kind", ("patch", "blur", "spectral"))
 def test_other_losses_and_networks_of_the_discriminator(kind):
     sizes = {"blur": 32, "patch": 4, "spectral": 64}

@@ -172,12 +172,13 @@ class TokenizerTask(Task):
                 reference = sum((terms[name] for name in ("l1", "l2", "lpips") if name in terms), output.new_zeros(()))
                 weight = weight * adaptive_weight_over_ranks(reference, opinion, self._last_layer)
             terms["gan"] = weight * opinion
+        if self._watched(step):
             self._output = output.detach()
         self._shown = images[:8].detach()
         return terms
 
     def _critic_losses(self, images: Tensor, step: int) -> dict[str, Tensor]:
-        if not self._judged(step) or self._output is None:
+        if not self._watched(step) or self._output is None:
             return {}
         recipe, critic = self.recipe, cast(Critic, self.players["discriminator"])
         real, fake = critic(images).float(), critic(self._output).float()
@@ -190,6 +191,10 @@ class TokenizerTask(Task):
 
     def _judged(self, step: int) -> bool:
         return "discriminator" in self.players and step >= self.recipe.gan_start
+
+    def _watched(self, step: int) -> bool:
+        start = self.recipe.discriminator_start
+        return "discriminator" in self.players and step >= (self.recipe.gan_start if start < 0 else start)
 
     def reconstruct(self, images: Tensor, step: int) -> tuple[Tensor, Quantized | None]:
         """(output, quantized); None before the codebook's start."""

@@ -33,7 +33,9 @@ class TokenizerRecipe(Recipe):
     continuous_steps: int = flag(300, "steps without quantization; latents of the last fifty start the codebook by "
                                       "K-means, where the quantizer has one")
     gan_weight: float = flag(0.0, "of the adversarial term; 0: no discriminator")
-    gan_start: int = flag(0, "first step of the discriminator and of the adversarial term")
+    gan_start: int = flag(0, "first step of the adversarial term")
+    discriminator_start: int = flag(-1, "first step of the discriminator, which may learn before it is heard; "
+                                        "negative: --gan_start")
     gan_loss: str = flag("hinge", "of the generator; non_saturating judges the mean logit of an image, as in WeTok",
                          ("hinge", "non_saturating"))
     discriminator_loss: str = flag("hinge", "of the discriminator", ("hinge", "vanilla"))
@@ -54,5 +56,7 @@ class TokenizerRecipe(Recipe):
         if self.resolution < 16 or not 0 < self.min_scale <= 1 or self.entropy_annealing_steps < 1:
             raise ConfigError("A tokenizer's recipe has crops of at least 16 pixels, a --min_scale in (0, 1] and at "
                               "least one --entropy_annealing_steps.")
+        if self.discriminator_start > self.gan_start:
+            raise ConfigError("A --discriminator_start after --gan_start would let one judge that has learnt nothing.")
         if self.int8 and self.shard:
             raise ConfigError("--int8 and --shard exclude one another: a scale needs the whole of its weights.")
