@@ -322,8 +322,7 @@ def checks(args: argparse.Namespace) -> None:
     found["plain_pictures"] = len(plain_words)
     budget = {}
     for name, kind in POLICIES.items():
-        # PyramidKV's late layers and Ada-KV's heads of little need get less, whatever the mean.
-        if kind.amount == "tokens" and name not in ("pyramidkv", "adakv"):
+        if kind.amount == "tokens":
             policy = kind.make(schedule, schedule.stored_tokens, {}, calibration)
             budget[name] = share_equal(full.indices, draw(raw, labels, seeds, KVCache(schedule, policy)).indices)
     found["budget_of_everything_same"] = budget
