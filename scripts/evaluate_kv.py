@@ -2,7 +2,7 @@
 
     python scripts/evaluate_kv.py draw --model var-tiny-128 --images tiny.npz --weights weights/ --work_dir runs/kv \\
         --settings full hack:0.3 scalekv:0.3 streaming:0.3 --samples 2000
-    python scripts/evaluate_kv.py report --work_dir runs/kv --images tiny.npz --weights weights/ --output docs/results/kv
+    python scripts/evaluate_kv.py report --work_dir runs/kv --images tiny.npz --weights weights/ --output results/
     python scripts/evaluate_kv.py checks --model var-tiny-128 --work_dir runs/kv
 
 draw: every setting (a word of `vtc.generators.kv_cache.specs`) draws the same pictures, number i from seed i, class by
@@ -498,9 +498,10 @@ def report(args: argparse.Namespace) -> None:
     result = {"rows": rows, "checks": exact, "held_out_accuracy": judge.held_out_accuracy, "sheet": names,
               "provenance": provenance()}
     write_file(args.output / "rows.json", (json.dumps(result, indent=1) + "\n").encode())
-    text = "\n".join(["# What each cache policy costs", "", table(rows), "## The claims", "", claims(rows, args.work_dir),
-                      "## The sheet", "", "`sheet.jpg`, from the top: " + ", ".join(map(name_of, names)) + ".",
-                      "", "## Exactness", "", "```json", json.dumps(exact, indent=1), "```", ""])
+    text = "\n".join([
+        "# What each cache policy costs", "", table(rows), "## The claims", "", claims(rows, args.work_dir),
+        "## The sheet", "", "`sheet.jpg`, from the top: " + ", ".join(map(name_of, names)) + ".", "",
+        "## Exactness", "", "```json", json.dumps(exact, indent=1), "```", ""])
     write_file(args.output / "tables.md", text.encode())
     print(text)
 
