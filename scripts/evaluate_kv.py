@@ -68,11 +68,15 @@ SHEET = 8
 REMEMBERED = 500
 
 
+def claimed() -> list[str]:
+    """What the claims are about."""
+    return [f.format(b) for b in (0.3, 0.1) for f in ("hack:{}", "scalekv:{}", WINDOW, "streaming:{}")]
+
+
 def default_settings() -> list[str]:
     """Those that the claims are about first, then the rest."""
-    first = [f.format(b) for b in (0.3, 0.1) for f in ("hack:{}", "scalekv:{}", WINDOW, "streaming:{}")]
     rest = [f.format(b) for b in (0.3, 0.1, 0.2, 0.5) for f in FAMILIES]
-    return list(dict.fromkeys(["full", *first, *rest[:18], *STORAGES, *rest[18:]]))
+    return list(dict.fromkeys(["full", *claimed(), *rest[:18], *STORAGES, *rest[18:]]))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -438,9 +442,9 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def sheet(args: argparse.Namespace, rows: dict[str, dict[str, Any]]) -> list[str]:
-    """The first pictures under each setting, one a row: sheet.jpg; the settings, from the top."""
+    """The first pictures under the full cache and what the claims are about, one a row: sheet.jpg; from the top."""
     names, pictures = [], []
-    for setting in rows:
+    for setting in (s for s in rows if s in ("full", *claimed(), "hack:0.3+int8", "sliding:1")):
         path = at(args.work_dir, setting, 0)
         if path.is_file():
             names.append(setting)
