@@ -414,11 +414,14 @@ def number(value: float | None, form: str) -> str:
 
 
 def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
-    """Quality against bytes: LPIPS to the full cache, Frechet distance, accuracy, divergence."""
+    """Quality against bytes: LPIPS to the full cache, Frechet distance, accuracy, divergence.
+
+    What depends on the number of pictures is shown of settings with as many as the full cache has.
+    """
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     matplotlib.rcParams["svg.hashsalt"] = "vtc"
     shown = (("lpips", "LPIPS to the full cache's picture"), ("fd_alexnet_to_held_out", "FD-AlexNet to held-out"),
@@ -426,17 +429,22 @@ def plot(rows: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
     families = {name_of(f.format(1)).partition(":")[0]: f for f in FAMILIES}
     for axis, (key, title) in zip(axes.flat, shown, strict=True):
+        fair = {s: r for s, r in rows.items() if key in r and (
+            key not in ("fd_alexnet_to_held_out", "class_accuracy") or r["count"] == rows["full"]["count"])}
         for number_, (name, family) in enumerate(families.items()):
-            found = [rows[family.format(b)] for b in BUDGETS if key in rows.get(family.format(b), {})]
+            found = [fair[family.format(b)] for b in BUDGETS if family.format(b) in fair]
             axis.plot([r["bytes"] / 1024 for r in found], [r[key] for r in found], "o-", label=name,
                       color=f"C{number_}", markersize=4)
         for setting, marker in (("full", "*"), ("full+bf16", "s"), ("full+int8", "v"), ("full+int4", "^"),
                                 ("full+mixed", "D"), ("hack:0.3+int8", "P")):
-            if key in rows.get(setting, {}):
-                axis.plot(rows[setting]["bytes"] / 1024, rows[setting][key], marker, color="black", label=setting)
+            if setting in fair:
+                axis.plot(fair[setting]["bytes"] / 1024, fair[setting][key], marker, color="black", label=setting)
         axis.set(xlabel="cache, KiB a picture", ylabel=title, xscale="log")
+        axis.xaxis.set_major_locator(ticker.LogLocator(2, numticks=8))
+        axis.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=7)
+    axes.flat[2].legend(*axes.flat[3].get_legend_handles_labels(), fontsize=7, loc="lower right", ncols=2)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
 
