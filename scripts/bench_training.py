@@ -26,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from vtc.files import write_file
+
 CASES = ("tokenizer", "vae", "generator")
 #: dense bfloat16 TFLOP/s by the maker, by a part of the device's name
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if results:
         text = page(results, args)
         if args.output:
-            args.output.write_text(text)
+            write_file(args.output, text.encode())
         else:
             print(text)
     return int(failed)

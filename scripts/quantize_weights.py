@@ -18,18 +18,15 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
-from vtc.errors import FileError, VtcError
+from vtc.errors import FileError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, quantize, measure, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
-        quantized_model(args)
-    except VtcError as error:
-        print(f"quantize_weights: {error}", file=sys.stderr)
-        return 1
-    return 0
+    from vtc.training.loop import run_script
+
+    return run_script(lambda: quantized_model(args), "quantize_weights")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,7 +76,8 @@ def measured(models: Sequence[Any], args: argparse.Namespace) -> dict[str, Any]:
     from vtc.training.tokenizer import evaluate
 
     pictures = validation_pictures(args.images, "val", args.limit)
-    results = [evaluate(model, pictures, LPIPS("alex", args.lpips_weights)) for model in models]
+    judge = LPIPS("alex", args.lpips_weights)
+    results = [evaluate(model, pictures, judge) for model in models]
     tokens = [[model.encode(picture[None]).indices for picture in pictures] for model in models]
     differing = sum(int((a != b).sum()) for a, b in zip(*tokens, strict=True))
     return {"pictures": len(pictures), "tokens": sum(t.numel() for t in tokens[0]), "tokens_that_differ": differing,

@@ -21,9 +21,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from vtc.errors import ConfigError, FileError, ImageError, VtcError
+from vtc.errors import ConfigError, FileError, ImageError
 from vtc.files import write_file
 from vtc.images import load_image
+from vtc.training.loop import run_script
 from vtc.training.sources import Pictures, add_data_flags, pictures_of
 
 #: of a member's header and padding, at most, and of a shard's end
@@ -33,12 +34,7 @@ OVERHEAD, END = 1024, 11264
 def main(arguments: list[str] | None = None) -> int:
     """Parse, shrink, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
-        shard(args)
-    except VtcError as error:
-        print(f"shard_pictures: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: shard(args), "shard_pictures")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
