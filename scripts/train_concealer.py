@@ -1,6 +1,6 @@
 """Train the concealer of a tokenizer and its family: the transformer that fills in lost tokens.
 
-    python scripts/train_concealer.py --model localvq-f16-2560 --train_data_dir photos/ --output_dir runs/concealer
+    python scripts/train_concealer.py --model localvq-f16-8192 --train_data_dir photos/ --output_dir runs/concealer
 
 or `accelerate launch`. A run that was stopped goes on with --resume_from_checkpoint latest. The result,
 OUTPUT_DIR/concealer.safetensors, goes into the model's folder. The photographs are encoded once and kept in
@@ -42,7 +42,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to measure on; none: no validation")
     parser.add_argument("--token_cache_dir", type=Path, help="where the photographs' tokens are kept; default "
-                        "OUTPUT_DIR/tokens")
+                        "OUTPUT_DIR/tokens; that of train_prior.py, OUTPUT_DIR/train, serves")
     parser.add_argument("--views", type=int, default=4, help="of each photograph: as it is, and shrunk or mirrored")
     parser.add_argument("--init_from", type=Path, help="a concealer's file to start from")
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")
@@ -74,14 +74,16 @@ def train(args: argparse.Namespace) -> None:
     maps = {size: nearest_codeword(codebook, member.quantizer.codewords)
             for size, member in members.items() if size != largest}
 
-    def encoded(folder: Path, pictures: Path, views: int) -> list[TokenGrids]:
+    def encoded(folder: Path, pictures: Path, views: int, bfloat16: bool = False) -> list[TokenGrids]:
         with accelerator.main_process_first():
             # The views are those of seed 0 whatever the run's, so that runs can share them.
-            grids = cached_grids(folder, [members[largest]], image_files(pictures), views, seed=0)
+            grids = cached_grids(folder, [members[largest]], image_files(pictures), views, seed=0,
+                                 bfloat16=bfloat16)
         return [grid.mapped(largest, maps) for grid in grids]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    views = encoded(args.token_cache_dir or args.output_dir / "tokens", args.train_data_dir, args.views)
+    views = encoded(args.token_cache_dir or args.output_dir / "tokens", args.train_data_dir, args.views,
+                    recipe.mixed_precision == "bf16")
     validation = args.validation_data_dir and encoded(args.output_dir / "validation", args.validation_data_dir, 1)[0]
     seed_everything(recipe.seed)
     model = Concealer.load(args.init_from) if args.init_from else Concealer(

@@ -1,11 +1,11 @@
 """Train the prior of a model's token grids: all codebooks of its family in one file of whole numbers.
 
-    python scripts/train_prior.py --model localvq-f16-2560 --train_data_dir photos/ --validation_data_dir holdout/ \\
-        --work_dir runs/prior --output vtc/pretrained/localvq-f16-2560/prior.safetensors
+    python scripts/train_prior.py --model localvq-f16-8192 --train_data_dir photos/ --validation_data_dir holdout/ \\
+        --work_dir runs/prior --output vtc/pretrained/localvq-f16-8192/prior.safetensors
 
 The photographs are encoded once and kept in the work folder. A run that was stopped goes on with
---resume_from_checkpoint latest. After a small change of the model, --init_from runs/prior/checkpoint-3000 with a few
-hundred steps is enough. Runs on the CPU: two hours of one thread are plenty.
+--resume_from_checkpoint latest. After a change of the model, --init_from runs/prior/checkpoint-3000 with a few hundred
+steps is enough, also where the codebooks have other sizes. Runs on the CPU: two hours of one thread are plenty.
 """
 
 from __future__ import annotations
@@ -78,11 +78,11 @@ def train(args: argparse.Namespace) -> None:
             (validation,) = cached_grids(args.output_dir / "validation", members, files, 1, recipe.seed)
     codebooks = {member.quantizer.codebook_size: member.quantizer.codewords for member in members}
     network = PriorNetwork(codebooks, recipe.width, recipe.depth, recipe.dim)
-    network.start_from({size: np.bincount(views[0].tokens[size], minlength=size) for size in network.sizes})
+    counts = {size: np.bincount(views[0].tokens[size], minlength=size) for size in network.sizes}
     if args.init_from:
-        tensors = read_checkpoint(args.init_from)[0].get(AVERAGE, {})
-        # The codewords are those of the model at hand, which may have changed since.
-        network.load_state_dict({name: t for name, t in tensors.items() if not name.startswith("codes_")}, strict=False)
+        network.go_on_from(read_checkpoint(args.init_from)[0].get(AVERAGE, {}), counts)
+    else:
+        network.start_from(counts)
     task = PriorTask(network, recipe, validation)
     loop = Loop(task, recipe, accelerator, GridCrops(views, network.sizes, recipe), args.output_dir)
     average = loop.run(args.resume_from_checkpoint)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.local_vq import LocalVQ
+    from vtc.training.data import RandomCrops
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,8 +42,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
                         help="arguments of its constructor")
     parser.add_argument("--codebook_size", type=int, help="short for --model_args codebook_size=N")
     parser.add_argument("--init_from", help="a finished model to start from, without --continuous_steps; LocalVQ's "
-                                            "codebook is clustered to --codebook_size, by K-means weighted with its "
-                                            "token frequencies")
+                                            "codebook follows --codebook_size: to fewer words by K-means over its "
+                                            "words, to more by K-means over its latents of training pictures")
     parser.add_argument("--init_networks", help="a finished model whose encoder and decoder to start from, with a "
                                                 "quantizer of its own: other words, other scales")
     add_validation_flags(parser)
@@ -51,8 +52,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse_recipe_args(parser, arguments)
 
 
-def started_from(name_or_path: str, codebook_size: int | None = None) -> Tokenizer:
-    """A finished model, ready to be trained on; a LocalVQ with a codebook of `codebook_size` words."""
+def started_from(name_or_path: str, codebook_size: int | None, crops: RandomCrops) -> Tokenizer:
+    """A finished model, ready to be trained on; a LocalVQ with a codebook of `codebook_size` words.
+
+    crops: of the training pictures, where the words are to become more.
+    """
     from vtc.models import load_tokenizer
     from vtc.tokenizers.local_vq import LocalVQ
 
@@ -61,7 +65,8 @@ def started_from(name_or_path: str, codebook_size: int | None = None) -> Tokeniz
         return model
     if not isinstance(model, LocalVQ):
         raise ConfigError("--init_from with a --codebook_size is for LocalVQ.")
-    return clustered(model, codebook_size)
+    return (grown(model, codebook_size, crops) if codebook_size > model.quantizer.codebook_size
+            else clustered(model, codebook_size))
 
 
 def clustered(model: LocalVQ, codebook_size: int) -> LocalVQ:
@@ -73,6 +78,24 @@ def clustered(model: LocalVQ, codebook_size: int) -> LocalVQ:
     usage = None if model.token_frequencies is None else model.token_frequencies[0].float()
     family = cluster_codebook(model.quantizer.codebook, [codebook_size], usage)
     return with_codebook(model, family.codebooks[codebook_size], family.maps[codebook_size]).train()
+
+
+def grown(model: LocalVQ, codebook_size: int, crops: RandomCrops, share: int = 24) -> LocalVQ:
+    """The model with `codebook_size` words, K-means centres of about `share` latents of training pictures each."""
+    import torch
+
+    from vtc.tokenizers.codebook_clustering import with_codebook
+
+    latents: list[Tensor] = []
+    found = 0
+    with torch.no_grad():
+        while found < share * codebook_size:
+            z = model.latents(crops[len(latents)][None].float() / 255)
+            latents.append(z.flatten(2)[0].T)
+            found += len(latents[-1])
+    larger = with_codebook(model, model.quantizer.codebook.new_zeros(codebook_size, model.quantizer.dim))
+    larger.quantizer.start_from(torch.cat(latents), torch.Generator().manual_seed(crops.seed))
+    return larger.train()
 
 
 def networks_taken(model: Tokenizer, name_or_path: str) -> Tokenizer:
@@ -90,15 +113,15 @@ def networks_taken(model: Tokenizer, name_or_path: str) -> Tokenizer:
     return model
 
 
-def model_of(args: argparse.Namespace) -> Tokenizer:
-    """The model that the flags ask for."""
+def model_of(args: argparse.Namespace, crops: RandomCrops) -> Tokenizer:
+    """The model that the flags ask for; `crops` are those that it will be trained on."""
     from vtc.tokenizers.composed import compose
     from vtc.training.tokenizer import make_tokenizer
 
     size = {} if args.codebook_size is None else {"codebook_size": args.codebook_size}
     model: Tokenizer
     if args.init_from:
-        model = started_from(args.init_from, args.codebook_size)
+        model = started_from(args.init_from, args.codebook_size, crops)
     elif args.quantizer:
         model = compose(args.model, args.quantizer, args.model_args, args.quantizer_args | size)
     else:
@@ -125,13 +148,12 @@ def train(args: argparse.Namespace) -> None:
         recipe = replace(recipe, continuous_steps=0)  # a finished model has its words, and would lose them
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
-    model = model_of(args)
-    pictures = pictures_of(args)
+    crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
+    model = model_of(args, crops)
     validation = validation_of(args, recipe.validation_limit, accelerator.device)
     perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
         recipe.perceptual_weight) else None
     task = TokenizerTask(model, recipe, perceptual, validation)
-    crops = RandomCrops(pictures, recipe.resolution, recipe.seed, recipe.min_scale)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)
     if crops.broken:
         print(f"{crops.broken} pictures could not be read and were skipped.", file=sys.stderr)

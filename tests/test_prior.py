@@ -426,6 +426,25 @@ def test_rounding_lets_gradients_pass_where_nothing_is_cut_off():
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 0.0]  # the limits themselves count as cut off
 
 
+def test_a_prior_goes_on_with_other_codebooks():
+    """Words of 64 in another order, and each of 128 words one half of an earlier one: the same pictures, the same bits."""
+    earlier, generator = network(), torch.Generator().manual_seed(1)
+    order = torch.randperm(64, generator=generator)
+    later = PriorNetwork({8: earlier.codes(8), 64: earlier.codes(64)[order],
+                          128: earlier.codes(64).repeat_interleave(2, 0)}, width=24, depth=2, dim=12, levels=3, hidden=8)
+    later.go_on_from(earlier.state_dict(), {size: np.full(size, 7) for size in later.sizes})
+    grid = torch.from_numpy(smooth((9, 13), 64).reshape(1, 9, 13))
+    bits = earlier(grid, 64).item()
+    places = torch.argsort(order)
+    assert later(places[grid], 64).item() == pytest.approx(bits, abs=1e-3)
+    halves = torch.randint(2, grid.shape, generator=generator)
+    assert later(2 * grid + halves, 128).item() == pytest.approx(bits + 1, abs=2e-2)  # the bias is rounded anew
+    with pytest.raises(ConfigError, match="other widths"):
+        network(width=16).go_on_from(earlier.state_dict(), {8: np.ones(8), 64: np.ones(64)})
+    with pytest.raises(ConfigError, match="no codebooks"):
+        earlier.go_on_from({}, {})
+
+
 def grids(count: int, seed: int) -> TokenGrids:
     """Pictures of words 0 ... 7 or of words 8 ... 15, and so on: a neighbour tells three bits."""
     rng = np.random.default_rng(seed)
@@ -525,8 +544,11 @@ def test_token_grids_are_those_of_each_member(photographs, tmp_path):
     again = cached_grids(tmp_path / "cache", members, photographs, 3, seed=0)
     assert all((a.tokens[8] == b.tokens[8]).all() for a, b in zip(views, again, strict=True))
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").iterdir())]
-    cached_grids(tmp_path / "cache", members[:1], photographs, 1, seed=0)  # other models: made anew
-    assert TokenGrids.load(tmp_path / "cache" / "view-000.safetensors")[0].sizes == (64,)
+    (part,) = cached_grids(tmp_path / "cache", members[:1], photographs, 1, seed=0)  # a part of the models
+    assert part.sizes == (64,) and (part.tokens[64] == found.tokens[64]).all()
+    assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").iterdir())]
+    cached_grids(tmp_path / "cache", [tiny(32)], photographs, 1, seed=0)  # other models: made anew
+    assert TokenGrids.load(tmp_path / "cache" / "view-000.safetensors")[0].sizes == (32,)
 
 
 def test_token_grids_refuse_what_does_not_belong_together(photographs, tmp_path):

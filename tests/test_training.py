@@ -354,32 +354,42 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(photographs, tmp_p
         assert torch.equal(tensor, resumed[key]), key
 
 
-def test_a_finished_model_starts_the_next_with_a_smaller_codebook(tmp_path):
+def test_a_finished_model_starts_the_next_with_fewer_or_more_words(photographs, tmp_path):  # noqa: F811
     script = import_module("scripts.train_tokenizer")
     model = LocalVQ(codebook_size=16, dim=4, encoder_widths=(8, 8, 8), encoder_depths=(1, 1, 1),
                     decoder_widths=(8, 8, 8, 8), decoder_depths=(1, 1, 1, 1), thin=4)
     model.token_frequencies = torch.tensor([[2**20 - 15 * 2**15] + 15 * [2**15]], dtype=torch.int32)
     model.save_pretrained(tmp_path)
-    same = script.started_from(str(tmp_path), 16)
+    crops = RandomCrops(image_files(photographs), 64, seed=0)
+    same = script.started_from(str(tmp_path), 16, crops)
     assert same.training and torch.equal(same.quantizer.codebook, model.quantizer.codebook.half().float())
-    smaller = script.started_from(str(tmp_path), 5)
+    smaller = script.started_from(str(tmp_path), 5, crops)
     assert smaller.training and smaller.quantizer.codebook.shape == (5, 4)
     assert smaller.token_frequencies.sum() == 2**20
     assert torch.equal(smaller.decoder.head.weight, same.decoder.head.weight)
+    larger = script.started_from(str(tmp_path), 24, crops)
+    assert larger.training and larger.quantizer.codebook.shape == (24, 4)
+    assert torch.equal(larger.decoder.head.weight, same.decoder.head.weight)
+    z = torch.cat([larger.latents(crops[n][None] / 255) for n in range(24)])
+    errors = [model.quantizer.loss_terms(z)["commitment"].item() for model in (larger, same)]
+    assert errors[0] < 0.5 * errors[1]  # they are words of the pictures; the others were random
+    again = script.started_from(str(tmp_path), 24, crops)
+    assert torch.equal(larger.quantizer.codebook, again.quantizer.codebook)
 
 
-def test_the_networks_of_a_finished_model_get_a_quantizer_of_other_scales(tmp_path):
+def test_the_networks_of_a_finished_model_get_a_quantizer_of_other_scales(photographs, tmp_path):  # noqa: F811
     script = import_module("scripts.train_tokenizer")
     small = {"codebook_size": 16, "dim": 4, "encoder_widths": [8, 8], "encoder_depths": [1, 1],
              "decoder_widths": [8, 8, 8], "decoder_depths": [1, 1, 1], "thin": 4}
     finished = PyramidVQ(**small, sides=(1, 2, 4))
     finished.save_pretrained(tmp_path)
+    crops = RandomCrops(image_files(photographs), 64, seed=0)  # not looked at
 
     def made(*more: str) -> PyramidVQ:
         words = [f"{k}={v}" for k, v in (small | {"sides": [4], "phis": 0}).items()]
         return script.model_of(script.parse_args([
             "--model", "pyramid_vq", "--model_args", *words, "--train_data_dir", "x", "--output_dir", "y",
-            "--init_networks", str(tmp_path), *more]))
+            "--init_networks", str(tmp_path), *more]), crops)
 
     raster = made()
     assert raster.sides == (4,) and not any(k.startswith("quantizer.phi") for k in raster.state_dict())

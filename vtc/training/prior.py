@@ -11,7 +11,7 @@ learnt, and those that are frequent may differ. b(word) starts as the log2 frequ
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -43,8 +43,9 @@ from vtc.codecs.prior import (
     WORD_BITS,
     TokenPrior,
 )
-from vtc.errors import ConfigError
+from vtc.errors import ConfigError, first_sentence
 from vtc.files import write_file
+from vtc.tokenizers.vector_quantizer import nearest_codeword
 from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
 from vtc.training.tokens import TokenGrids
@@ -181,6 +182,32 @@ class PriorNetwork(nn.Module):
         for size in self.sizes:
             shares = torch.from_numpy(counts[size] + 0.5)
             self.word_bias[str(size)].copy_(torch.log2(shares / shares.sum()))
+
+    @torch.no_grad()
+    def go_on_from(self, earlier: Mapping[str, Tensor], counts: dict[int, NDArray[np.int64]]) -> None:
+        """Start from the state dict of another network of these widths, whose codebooks may be others.
+
+        A codebook starts as the earlier one of the nearest size, a word as the nearest word there. Words that share one
+        share its frequency, as their counts + 1/2 tell.
+        """
+        sizes = sorted(int(name.removeprefix("codes_")) for name in earlier if name.startswith("codes_"))
+        if not sizes:
+            raise ConfigError("There is no prior to go on from: it has no codebooks.")
+        of = {size: min(sizes, key=lambda s: abs(math.log(s / size))) for size in self.sizes}
+        rows = torch.tensor([sizes.index(of[size]) for size in self.sizes])
+        state = {name: tensor[rows] if name.endswith(".sizes") else tensor for name, tensor in earlier.items()
+                 if not name.startswith(("codes_", "corrections.", "word_bias."))}
+        for size in self.sizes:
+            nearest = nearest_codeword(self.codes(size), earlier[f"codes_{of[size]}"])
+            share = torch.from_numpy(counts[size] + 0.5)
+            share = share / share.new_zeros(of[size]).index_add_(0, nearest, share)[nearest]
+            state[f"corrections.{size}"] = earlier[f"corrections.{of[size]}"][nearest]
+            state[f"word_bias.{size}"] = earlier[f"word_bias.{of[size]}"][nearest] + torch.log2(share).float()
+            state[f"codes_{size}"] = self.codes(size)
+        try:
+            self.load_state_dict(state)
+        except RuntimeError as error:
+            raise ConfigError(f"The prior to go on from has other widths: {first_sentence(error)}.") from error
 
     def codes(self, size: int) -> Tensor:
         """(S, d) codewords as the network sees them."""

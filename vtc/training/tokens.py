@@ -1,7 +1,7 @@
 """Token grids of a folder of photographs, for a family of codebooks: what priors and concealment are trained on.
 
     grids = cached_grids(folder, [model, *members], image_files("photos/"), views=4, seed=0)
-    grids[0].grid(7, 2560)      # (rows, columns) indices of the eighth picture's first view
+    grids[0].grid(7, 8192)      # (rows, columns) indices of the eighth picture's first view
 
 The members of a family share the encoder but for its last projection, so a picture is encoded once, whatever the number
 of codebooks. View 0 is the picture as it is; the others are shrunk, cut at the left and the top, and mirrored half of
@@ -154,25 +154,28 @@ def cached_grids(folder: str | Path, members: Sequence[LocalVQ], files: Sequence
                  seed: int, bfloat16: bool = False) -> list[TokenGrids]:
     """A `TokenGrids` for each view of the files, kept in `folder`: a view that lies there is not encoded again.
 
-    A cache of other models, files or another seed is told by its facts and made anew.
+    A cache of other models, files or another seed is told by its facts and made anew; one that holds more codebooks
+    than `members`, such as a prior's, serves.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    encoders = [token_fingerprint(member) for member in members]
+    sizes = [member.quantizer.codebook_size for member in members]
+    encoders = [f"{size}: {token_fingerprint(member)}" for size, member in zip(sizes, members, strict=True)]
     found = []
     for view in range(views):
         path = folder / f"view-{view:03}.safetensors"
-        facts = {"encoders": json.dumps(encoders), "seed": str(seed), "files": json.dumps([f.name for f in files]),
+        facts = {"seed": str(seed), "files": json.dumps([f.name for f in files]),
                  **({"type": "bfloat16"} if bfloat16 else {})}
         if path.is_file():
             grids, theirs = TokenGrids.load(path)
-            if theirs == facts:
-                found.append(grids)
+            stored = json.loads(theirs.pop("encoders", "[]"))
+            if theirs == facts and set(encoders) <= set(stored):
+                found.append(TokenGrids(grids.shapes, {size: grids.tokens[size] for size in sizes}))
                 continue
         pictures = random_views(files, view, seed) if view else whole_pictures(files)
         pictures = tqdm(pictures, total=len(files), unit="image", desc=f"view {view}")
         found.append(token_grids(members, pictures, bfloat16))
-        found[-1].save(path, facts)
+        found[-1].save(path, facts | {"encoders": json.dumps(encoders)})
     return found
 
 
