@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.eval.glcm import PATCH, glcm_patch_scores, grey_levels
 from vtc.eval.provenance import provenance
 from vtc.images import load_image
+from vtc.script import run_script
 from vtc.training.data import image_files
 
 BARS = {"photograph": 5.0, "noise": 4.0}
@@ -40,20 +41,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=2, help="rows of patches that scikit-image measures")
     parser.add_argument("--images", type=Path, help="folder of photographs; default scikit-image's astronaut")
     args = parser.parse_args(arguments)
+    return run_script(lambda: benchmark(args), "bench_glcm")
+
+
+def benchmark(args: argparse.Namespace) -> int:
+    """1 where we missed a bar."""
     try:
         import numba
-    except ImportError:
-        print("bench_glcm: numba is not installed: pip install vtc[eval]", file=sys.stderr)
-        return 1
-    try:
-        most = numba.get_num_threads()
-        if not 1 <= args.threads <= most:
-            raise ConfigError(f"numba may use 1 to {most} threads here, not {args.threads}.")
-        numba.set_num_threads(args.threads)
-        rows = [measure(name, levels, args) for name, levels in pictures(args.size, args.images).items()]
-    except VtcError as error:
-        print(f"bench_glcm: {error}", file=sys.stderr)
-        return 1
+    except ImportError as error:
+        raise ConfigError("numba is not installed: pip install vtc[eval]") from error
+    most = numba.get_num_threads()
+    if not 1 <= args.threads <= most:
+        raise ConfigError(f"numba may use 1 to {most} threads here, not {args.threads}.")
+    numba.set_num_threads(args.threads)
+    rows = [measure(name, levels, args) for name, levels in pictures(args.size, args.images).items()]
     print(json.dumps({"size": args.size, "threads": args.threads, "repeats": args.repeats, "rows": rows,
                       "provenance": provenance()}, indent=1))
     failed = missed(rows)

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vtc.errors import VtcError
 from vtc.eval.measures import Options, build
 from vtc.eval.metric import Metric
 from vtc.eval.pairs import Item, find_items, match
 from vtc.eval.provenance import provenance
 from vtc.eval.suite import Files, Suite
 from vtc.images import load_image, save_image
+from vtc.script import run_script
 from vtc.tokenizers.lpips import LPIPS
 
 NAMES = ("psnr", "ssim", "ms_ssim", "lpips_alex")
@@ -44,13 +44,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
     args = parser.parse_args(arguments)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(benchmark(args, Path(folder)), indent=1))
-    except VtcError as error:
-        print(f"bench_metrics: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: report(args), "bench_metrics")
+
+
+def report(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        print(json.dumps(benchmark(args, Path(folder)), indent=1))
 
 
 def benchmark(args: argparse.Namespace, folder: Path) -> dict:

@@ -23,7 +23,9 @@ from vtc.codecs import entropy
 from vtc.codecs.entropy import StaticTables
 from vtc.codecs.prior import TokenPrior
 from vtc.errors import ConfigError, VtcError
+from vtc.files import write_file
 from vtc.models import DEFAULT_MODEL, family_of, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import TokenLayout
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.training.data import image_files
@@ -39,16 +41,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON with all numbers")
     args = parser.parse_args(arguments)
+    return run_script(lambda: report(args), "bench_prior")
+
+
+def report(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    try:
-        facts = measure(args)
-    except VtcError as error:
-        print(f"bench_prior: {error}", file=sys.stderr)
-        return 1
+    facts = measure(args)
     if args.output:
-        args.output.write_text(json.dumps(facts, indent=2) + "\n")
+        write_file(args.output, json.dumps(facts, indent=2).encode() + b"\n")
     print(table(facts))
-    return 0
 
 
 def measure(args: argparse.Namespace) -> dict:

@@ -19,10 +19,11 @@ import torch
 from vtc.codecs import chunks, entropy
 from vtc.codecs.container import Coder, Container
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.files import write_file
 from vtc.images import load_image
 from vtc.models import DEFAULT_MODEL, companions, family_of, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokens
 from vtc.training.data import image_files
 
@@ -36,16 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures")
     parser.add_argument("--output", type=Path, help="the table in Markdown")
     args = parser.parse_args(arguments)
+    return run_script(lambda: report(args), "bench_resilience")
+
+
+def report(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    try:
-        text = table(args.model, image_files(args.images))
-        if args.output:
-            write_file(args.output, text.encode())
-    except VtcError as error:
-        print(f"bench_resilience: {error}", file=sys.stderr)
-        return 1
+    text = table(args.model, image_files(args.images))
+    if args.output:
+        write_file(args.output, text.encode())
     print(text, end="")
-    return 0
 
 
 def table(model: str, files: list[Path]) -> str:

@@ -27,7 +27,7 @@ from vtc.generators.llamagen import LlamaGen
 from vtc.generators.sampling import Guidance, Sampling, seeded
 from vtc.generators.speculative import generate_speculatively
 from vtc.models import load_generator
-from vtc.training.loop import run_script
+from vtc.script import run_script
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

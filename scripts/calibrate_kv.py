@@ -22,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vtc.cli.generate_inputs import Conditions, conditions
-from vtc.errors import ConfigError, FileError, VtcError
+from vtc.errors import ConfigError, FileError
 from vtc.generators.calibrate import calibrate
 from vtc.generators.infinity import Infinity
 from vtc.generators.kv_cache.calibration import Calibration
 from vtc.generators.pretrained import Condition, LoadedGenerator
 from vtc.images import load_image, to_tensor
 from vtc.models import DEFAULT_GENERATOR, load_generator
+from vtc.script import run_script
 from vtc.training.sources import open_pictures
 from vtc.training.tokenizing import center_square
 
@@ -36,19 +37,18 @@ from vtc.training.tokenizing import center_square
 def main(arguments: list[str] | None = None) -> int:
     """Parse, measure, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
-        if args.samples < 1 or args.batch_size < 1:
-            raise ConfigError("--samples and --batch_size are at least 1.")
-        if not args.output.parent.is_dir():  # said before the pictures are drawn
-            raise FileError(f"The output folder {args.output.parent} does not exist; create it first.")
-        generator = load_generator(args.model).to(args.device)
-        measured = measure(args, generator)
-        measured.save(args.output)
-    except VtcError as error:
-        print(f"calibrate_kv: {error}", file=sys.stderr)
-        return 1
+    return run_script(lambda: calibrate_model(args), "calibrate_kv")
+
+
+def calibrate_model(args: argparse.Namespace) -> None:
+    if args.samples < 1 or args.batch_size < 1:
+        raise ConfigError("--samples and --batch_size are at least 1.")
+    if not args.output.parent.is_dir():  # said before the pictures are drawn
+        raise FileError(f"The output folder {args.output.parent} does not exist; create it first.")
+    generator = load_generator(args.model).to(args.device)
+    measured = measure(args, generator)
+    measured.save(args.output)
     print(json.dumps(facts(measured)))
-    return 0
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

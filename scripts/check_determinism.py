@@ -1,7 +1,7 @@
 """Count what changes with threads, processors' instructions and precisions: encoded indices, bytes, decoded pixels.
 
     python scripts/check_determinism.py --model NAME_OR_PATH --images FOLDER --threads 1 2
-    python scripts/check_determinism.py --model NAME_OR_PATH --images FOLDER FOLDER --coding --sizes 2560 256 8
+    python scripts/check_determinism.py --model NAME_OR_PATH --images FOLDER FOLDER --coding --sizes 8192 256 8
 
 The first form runs a process for each number of threads. Each encodes every image, codes the indices that the first
 process found, and decodes them. Indices may flip where a latent lies between two codewords: that is counted. The same
@@ -36,6 +36,7 @@ from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import ConfigError, VtcError
 from vtc.images import load_image, to_tensor
 from vtc.models import DEFAULT_MODEL, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokens
 from vtc.tokenizers.tiling import encode_tiled
 from vtc.training.data import image_files
@@ -81,20 +82,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="the JSON goes to this file, too")
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "REFERENCE"), help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    try:
-        files = [file for folder in args.images for file in image_files(folder)][: args.limit]
-        if not files:
-            raise ConfigError(f"There are no pictures in {', '.join(map(str, args.images))}.")
-        if args.setting:
-            code(args.model, args.sizes, files, args.setting, *map(Path, args.worker))
-            return 0
-        if args.worker:
-            work(args.model, files, args.threads[0], *map(Path, args.worker))
-            return 0
-        facts = compare_coding(args, files) if args.coding else compare(args, files)
-    except VtcError as error:
-        print(f"check_determinism: {error}", file=sys.stderr)
-        return 1
+    return run_script(lambda: check(args), "check_determinism")
+
+
+def check(args: argparse.Namespace) -> int:
+    """A worker's part, or all of them and their comparison; 0 where they agree."""
+    files = [file for folder in args.images for file in image_files(folder)][: args.limit]
+    if not files:
+        raise ConfigError(f"There are no pictures in {', '.join(map(str, args.images))}.")
+    if args.setting:
+        code(args.model, args.sizes, files, args.setting, *map(Path, args.worker))
+        return 0
+    if args.worker:
+        work(args.model, files, args.threads[0], *map(Path, args.worker))
+        return 0
+    facts = compare_coding(args, files) if args.coding else compare(args, files)
     text = json.dumps(facts, indent=2)
     print(text)
     if args.output:

@@ -28,10 +28,11 @@ from vtc.cli.eval_methods import Distance
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_best
 from vtc.codecs.rates import RateControl
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, ImageError, VtcError
+from vtc.errors import ConfigError, ImageError
 from vtc.files import write_file
 from vtc.images import FORMATS, load_image, save_image, to_tensor, to_uint8
 from vtc.models import DEFAULT_MODEL, family_of
+from vtc.script import run_script
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,7 @@ class Cell:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, code, draw; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
-        draw(args)
-    except VtcError as error:
-        print(f"contact_sheet: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: draw(args), "contact_sheet")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

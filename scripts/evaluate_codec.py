@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from vtc.cli.eval_methods import ClassicalMethod, Distance, TokenCodecMethod
 from vtc.codecs.classical import ENCODERS, available_codecs
-from vtc.errors import ConfigError, FileError, ImageError, VtcError
+from vtc.errors import ConfigError, FileError, ImageError
 from vtc.eval.measures import Measure, Options, build
 from vtc.eval.pairs import Item, Problem
 from vtc.eval.provenance import provenance
@@ -35,6 +35,7 @@ from vtc.eval.results import MethodResult, finite
 from vtc.eval.suite import Method, Suite
 from vtc.files import write_file
 from vtc.images import save_image, to_uint8
+from vtc.script import run_script
 
 #: column of the CSV -> result of the suite
 RESULTS = {"bpp": "bits_per_pixel", "psnr": "peak_signal_noise_ratio", "ms_ssim": "multiscale_structural_similarity",
@@ -45,12 +46,7 @@ RESULTS = {"bpp": "bits_per_pixel", "psnr": "peak_signal_noise_ratio", "ms_ssim"
 def main(arguments: list[str] | None = None) -> int:
     """Parse, evaluate, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse(arguments)
-    try:
-        evaluate(args)
-    except VtcError as error:
-        print(f"evaluate_codec: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: evaluate(args), "evaluate_codec")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Measure what lost tokens cost, and what each way of filling them in gives back.
 
-    python scripts/evaluate_concealment.py --model localvq-f16-2560 --images ../shared/data/kodak \\
+    python scripts/evaluate_concealment.py --model localvq-f16-8192 --images ../shared/data/kodak \\
         --output docs/results/concealment --lpips_weights ../shared/weights [--size 256]
 
 Tokens of each picture are lost singly, or by interleaved chunk (`vtc.codecs.resilience`). Reconstructions are rounded
@@ -34,13 +34,14 @@ from tqdm import tqdm
 
 from vtc.codecs.concealer import CONCEALER, Concealer
 from vtc.codecs.resilience import fill_from_neighbours, interleave
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.eval.provenance import provenance
 from vtc.eval.psnr import peak_signal_noise_ratio
 from vtc.files import write_file
 from vtc.hub import fetch, fingerprint
 from vtc.images import load_image, save_image, to_tensor, to_uint8
 from vtc.models import load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.training.data import image_files
@@ -55,12 +56,7 @@ SHEET = "sheet.jpg"
 
 def main(arguments: list[str] | None = None) -> int:
     """0 done, 1 failed (one sentence on stderr)."""
-    try:
-        evaluate(parse(arguments))
-    except VtcError as error:
-        print(f"evaluate_concealment: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: evaluate(parse(arguments)), "evaluate_concealment")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -65,6 +65,7 @@ from vtc.eval.tokbench_canvas import image_canvas
 from vtc.files import read_file, write_file
 from vtc.images import load_image, to_tensor, to_uint8
 from vtc.models import load_codec
+from vtc.script import run_script
 
 #: how the truths of each kind of picture are written, and what brings an answer to that
 CONVENTIONS: dict[str, tuple[Callable[[str], str], str]] = {
@@ -89,11 +90,12 @@ class TextPicture:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, judge, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse(arguments)
-    try:
-        failures = evaluate_codecs(args) if args.command == "codecs" else evaluate_tokbench(args)
-    except VtcError as error:
-        print(f"evaluate_fidelity: {error}", file=sys.stderr)
-        return 1
+    return run_script(lambda: evaluate(args), "evaluate_fidelity")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """0 where every picture was judged."""
+    failures = evaluate_codecs(args) if args.command == "codecs" else evaluate_tokbench(args)
     for failure in failures:
         print(f"evaluate_fidelity: not judged: {failure}", file=sys.stderr)
     return 1 if failures else 0

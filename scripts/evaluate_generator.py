@@ -35,7 +35,8 @@ from vtc.generators.pretrained import LoadedGenerator
 from vtc.generators.sampling import Guidance, Sampling, seeded
 from vtc.images import save_image
 from vtc.models import load_generator
-from vtc.training.loop import picture_grid, run_script
+from vtc.script import run_script
+from vtc.training.loop import picture_grid
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

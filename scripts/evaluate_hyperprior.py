@@ -36,6 +36,7 @@ from vtc.eval.provenance import provenance
 from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
+from vtc.script import run_script
 
 TARGETS = (0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 #: other processes: what is different in them, environment variables, type of the model
@@ -72,15 +73,14 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Parse, evaluate, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
+
+    def work() -> None:
         if args.symbols_of:
             print(json.dumps(symbols_of(args.codec, args.symbols_of, args.type)))
         else:
             evaluate(args)
-    except VtcError as error:
-        print(f"evaluate_hyperprior: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return run_script(work, "evaluate_hyperprior")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -51,7 +51,8 @@ from vtc.generators.sampling import seeded
 from vtc.generators.var import VAR
 from vtc.images import save_image
 from vtc.models import load_generator
-from vtc.training.loop import picture_grid, run_script
+from vtc.script import run_script
+from vtc.training.loop import picture_grid
 
 BUDGETS = (0.5, 0.3, 0.2, 0.1)
 #: a window of the newest tokens is StreamingLLM without sinks: whole scales are too coarse for small budgets

@@ -1,6 +1,6 @@
 """Rate-distortion of a model's family beside classical codecs: a table and a plot.
 
-    python scripts/evaluate_rates.py --model localvq-f16-2560 --images kodak/ --output docs/results/rates
+    python scripts/evaluate_rates.py --model localvq-f16-8192 --images kodak/ --output docs/results/rates
 
 Every quality of the family, every image: a whole file and back to 8 bits. Each peer gets, image by image, at most the
 bytes of a target in bits per pixel, at each down-sampling factor, and searches its quality for it. --also measures
@@ -27,12 +27,13 @@ from tqdm import tqdm
 
 from vtc.codecs.classical import ENCODERS, available_codecs, encode_within
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.eval.provenance import provenance
 from vtc.eval.suite import timed
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor, to_uint8
 from vtc.models import companions, family_of, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.tokenizer_family import TokenizerFamily
 
@@ -57,12 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with what OUTPUT's rates.csv holds, ours too")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(arguments)
-    try:
-        evaluate(args)
-    except VtcError as error:
-        print(f"evaluate_rates: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: evaluate(args), "evaluate_rates")
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
-"""Make a model's family: the same tokenizer with 8 ... 2048 codewords, for 0.01 to 0.05 bits per pixel.
+"""Make a model's family: the same tokenizer with 8 ... 4096 codewords, for 0.01 to 0.05 bits per pixel.
 
-    accelerate launch scripts/finetune_codebook.py --model localvq-f16-2560 --train_data_dir photographs/ \\
+    accelerate launch scripts/finetune_codebook.py --model localvq-f16-8192 --train_data_dir photographs/ \\
         --validation_data_dir holdout/ --output_dir runs/family
 
 or plain `python`. Clusters the codebook (K-means over its words), fine-tunes how the decoder reads the new words,
@@ -28,6 +28,7 @@ from vtc.errors import ConfigError, TrainingError
 from vtc.files import write_file
 from vtc.images import load_image
 from vtc.models import load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.codebook_clustering import cluster_codebook, with_codebook
 from vtc.tokenizers.local_vq import LocalVQ
@@ -41,14 +42,11 @@ from vtc.training.loop import (
     make_accelerator,
     parse_recipe_args,
     recipe_from,
-    run_script,
     seed_everything,
 )
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.recipe import result_settings
 from vtc.training.tokenizer import evaluate
-
-SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -57,7 +55,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to check the order on; none: no check")
     parser.add_argument("--output", type=Path, help=f"the file to make; default {FAMILY} in the model's folder")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024, 2048])
     parser.add_argument("--unweighted", action="store_true", help="all words count alike in K-means, as in the paper; "
                                                                   "default: as often as they occur")
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+from vtc.script import run_script
 from vtc.training.recipe import add_recipe_flags, parse_recipe_args, recipe_from
 from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 
@@ -61,8 +62,6 @@ def train(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 failed with one sentence on stderr, 128 + n stopped by signal n."""
     args = parse_args(arguments)
-    from vtc.training.loop import run_script
-
     return run_script(lambda: train(args), "finetune_vqgan_codebook")
 
 

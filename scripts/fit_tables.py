@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from vtc import hub
 from vtc.codecs.entropy import StaticTables, frequencies_from_counts
-from vtc.errors import ConfigError, VtcError
+from vtc.errors import ConfigError
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor
 from vtc.models import load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokenizer, Tokens
 from vtc.tokenizers.tiling import encode_tiled
 from vtc.training.data import image_files
@@ -39,12 +40,7 @@ KEY = "token_frequencies"
 def main(arguments: list[str] | None = None) -> int:
     """Parse, count, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    try:
-        fit(args)
-    except VtcError as error:
-        print(f"fit_tables: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: fit(args), "fit_tables")
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -359,7 +359,7 @@ def change_sizes(parts: Parts, rng: random.Random) -> Parts:
 def name_model(parts: Parts, rng: random.Random) -> Parts:
     """Another model: one that vtc ships, the next one that it may ship, or any."""
     fields = list(parts.fields)
-    fields[1] = varint(rng.choice((0, *MODEL_IDS.values(), len(MODEL_IDS) + 1, rng.getrandbits(32))))
+    fields[1] = varint(rng.choice((0, *MODEL_IDS.values(), max(MODEL_IDS.values()) + 1, rng.getrandbits(32))))
     fields[2] = rng.choice((fields[2], fields[2], rng.randbytes(8),
                             bytes.fromhex(rng.choice(tuple(FINGERPRINTS.values())))))
     return replace(parts, fields=tuple(fields))

@@ -1,6 +1,6 @@
 """Store a tokenizer's weights as int8, half the bytes, and measure what that costs.
 
-    python scripts/quantize_weights.py --model localvq-f16-2560 --output runs/int8 --images ../shared/data/holdout
+    python scripts/quantize_weights.py --model localvq-f16-8192 --output runs/int8 --images ../shared/data/holdout
     python scripts/quantize_weights.py --model runs/localvq/model --output runs/int8 --layers decoder.
 
 The new folder loads as any other. With --images, the model is measured before and after: LPIPS (AlexNet) and PSNR of
@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from vtc.errors import FileError
+from vtc.script import run_script
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, quantize, measure, write; 0 done, 1 failed (one sentence on stderr)."""
     args = parse_args(arguments)
-    from vtc.training.loop import run_script
-
     return run_script(lambda: quantized_model(args), "quantize_weights")
 
 

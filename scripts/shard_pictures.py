@@ -24,7 +24,7 @@ from tqdm import tqdm
 from vtc.errors import ConfigError, FileError, ImageError
 from vtc.files import write_file
 from vtc.images import load_image
-from vtc.training.loop import run_script
+from vtc.script import run_script
 from vtc.training.sources import Pictures, add_data_flags, pictures_of
 
 #: of a member's header and padding, at most, and of a shard's end

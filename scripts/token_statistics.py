@@ -23,13 +23,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from vtc.errors import ConfigError, FileError, VtcError
+from vtc.errors import ConfigError, FileError
 from vtc.eval.provenance import provenance
 from vtc.eval.token_report import statistics_rows
 from vtc.eval.token_statistics import TokenStatistics, token_statistics
 from vtc.files import write_file
 from vtc.images import load_image, to_tensor
 from vtc.models import DEFAULT_MODEL, load_tokenizer
+from vtc.script import run_script
 from vtc.training.data import image_files
 from vtc.training.tokens import TokenGrids
 
@@ -59,12 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--matched", type=int, default=250_000, metavar="N", help="default %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    try:
-        report(args)
-    except VtcError as error:
-        print(f"token_statistics: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_script(lambda: report(args), "token_statistics")
 
 
 def named(text: str) -> tuple[str, Path]:

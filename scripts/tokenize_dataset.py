@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vtc.cli.common import Part, device_name
 from vtc.errors import ConfigError
+from vtc.script import run_script
 from vtc.training.recipe import parse_recipe_args
 from vtc.training.sources import add_data_flags, pictures_of
 
@@ -82,6 +83,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    from vtc.training.loop import run_script
-
     sys.exit(run_script(main, "tokenize_dataset"))

@@ -18,6 +18,7 @@ from typing import cast
 from vtc.codecs.concealer import CONCEALER, Concealer
 from vtc.errors import ConfigError
 from vtc.models import family_of, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.vector_quantizer import nearest_codeword
@@ -29,7 +30,6 @@ from vtc.training.loop import (
     make_accelerator,
     parse_recipe_args,
     recipe_from,
-    run_script,
     seed_everything,
 )
 from vtc.training.perceptual import PerceptualLoss

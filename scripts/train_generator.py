@@ -29,6 +29,7 @@ from vtc.generators.pretrained import GenerationConfig
 from vtc.generators.sampling import Guidance, Sampling
 from vtc.generators.var import VAR
 from vtc.models import load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.layers import MultiScaleTokenizer
@@ -42,7 +43,7 @@ from vtc.training.generator import (
     VARTask,
 )
 from vtc.training.labelled import LabelledImages, labelled_images
-from vtc.training.loop import Loop, add_recipe_flags, make_accelerator, parse_recipe_args, recipe_from, run_script
+from vtc.training.loop import Loop, add_recipe_flags, make_accelerator, parse_recipe_args, recipe_from
 from vtc.training.token_shards import TokenShards, TrainingTokens
 from vtc.training.tokenizing import DatasetTokenizer
 

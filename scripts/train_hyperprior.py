@@ -22,6 +22,7 @@ from torch import nn
 from vtc.codecs.hyperprior import HYPER_STRIDE, Hyperprior
 from vtc.codecs.latent_codec import LatentCodec
 from vtc.images import load_image
+from vtc.script import run_script
 from vtc.tokenizers.patch_vae import PatchVAE
 from vtc.training.data import RandomCrops, image_files
 from vtc.training.hyperprior import HyperpriorRecipe, HyperpriorTask, first_gains
@@ -31,7 +32,6 @@ from vtc.training.loop import (
     make_accelerator,
     parse_recipe_args,
     recipe_from,
-    run_script,
     seed_everything,
 )
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from vtc.errors import ConfigError
 from vtc.models import family_of, load_tokenizer
+from vtc.script import run_script
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.training.checkpoints import AVERAGE, read_checkpoint
 from vtc.training.data import image_files
@@ -28,7 +29,6 @@ from vtc.training.loop import (
     make_accelerator,
     parse_recipe_args,
     recipe_from,
-    run_script,
     seed_everything,
 )
 from vtc.training.prior import GridCrops, PriorNetwork, PriorRecipe, PriorTask, save_prior

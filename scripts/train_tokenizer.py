@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from vtc.errors import ConfigError
+from vtc.script import run_script
 from vtc.training.recipe import NameValue, add_recipe_flags, parse_recipe_args, recipe_from
 from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 from vtc.training.tokenizer_recipe import TokenizerRecipe
@@ -162,8 +163,6 @@ def train(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """0 done, 1 failed with one sentence on stderr, 128 + n stopped by signal n."""
     args = parse_args(arguments)
-    from vtc.training.loop import run_script
-
     return run_script(lambda: train(args), "train_tokenizer")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc.errors import ConfigError, first_sentence
+from vtc.script import run_script
 from vtc.training.recipe import NameValue, add_recipe_flags, parse_recipe_args, read_config, recipe_from
 from vtc.training.sources import add_data_flags, add_validation_flags, pictures_of
 from vtc.training.vae_recipe import KLRecipe, ScaleConsistentRecipe, VAERecipe
@@ -147,8 +148,6 @@ def train(args: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 done, 1 failed with one sentence on stderr, 128 + n stopped by signal n."""
     args = parse_args(arguments)
-    from vtc.training.loop import run_script
-
     return run_script(lambda: train(args), "train_vae")
 
 

@@ -23,9 +23,10 @@ from torch.utils.data import Dataset
 
 from tests.shared import ROOT
 from vtc.errors import ConfigError, ModelError, TrainingError
+from vtc.script import run_script
 from vtc.training import checkpoints
 from vtc.training import loop as loop_module
-from vtc.training.loop import Loop, Numbered, Recipe, Stopped, Task, make_accelerator, picture_grid, run_script
+from vtc.training.loop import Loop, Numbered, Recipe, Stopped, Task, make_accelerator, picture_grid
 from vtc.training.recipe import add_recipe_flags, flag, parse_recipe_args, read_config, recipe_from
 
 

@@ -9,6 +9,9 @@ import os
 class VtcError(Exception):
     """Base of all errors below."""
 
+    #: of a command or script that it ends
+    exit_code = 1
+
 
 class ImageError(VtcError):
     """A picture that cannot be read, is too large, or has a form that is not supported."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import random
 import signal
 import sys
@@ -80,7 +79,7 @@ from vtc.training.sharding import (
 from vtc.training.task import Task, checkpoint_activations
 
 __all__ = ["Loop", "Recipe", "Stopped", "Task", "add_recipe_flags", "flag", "make_accelerator", "parse_recipe_args",
-           "recipe_from", "run_script", "seed_everything"]
+           "recipe_from", "seed_everything"]
 
 #: lines of the log, and of the validations, in the output folder
 LOG, VALIDATION = "train.jsonl", "validation.jsonl"
@@ -93,7 +92,7 @@ class Stopped(TrainingError):
 
     def __init__(self, text: str, number: int) -> None:
         super().__init__(text)
-        self.signal = number
+        self.signal, self.exit_code = number, 128 + number
 
 
 def make_accelerator(recipe: Recipe, output_dir: str | Path) -> Accelerator:
@@ -689,20 +688,3 @@ def _dead_worker(error: Exception, position: int) -> str:
     text = " ".join(str(error).split()).rstrip(".") or "it closed its pipe"
     return (f"A process that reads data died near sample {position}: {text}. Often memory ran out: take fewer "
             "--dataloader_num_workers, then go on with --resume_from_checkpoint latest.")
-
-
-def run_script(main: Callable[[], None], name: str) -> int:
-    """Run a script's `main`: 0 done, 1 failed with one sentence on stderr, 128 + n stopped by signal n."""
-    try:
-        main()
-    except Stopped as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 128 + error.signal
-    except VtcError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if dist.is_available() and dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            with contextlib.suppress(RuntimeError, ValueError):
-                dist.destroy_process_group()
-    return 0
