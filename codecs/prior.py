@@ -1,8 +1,8 @@
 """The learned prior of token grids: how likely each word is, given the tokens around it, in exact whole numbers.
 
-    prior = TokenPrior.from_pretrained("localvq-f16-2560")
-    payload = prior.encode(indices, (rows, columns), codebook=2560)
-    indices = prior.decode(payload, (rows, columns), codebook=2560)
+    prior = TokenPrior.from_pretrained("localvq-f16-8192")
+    payload = prior.encode(indices, (rows, columns), codebook=8192)
+    indices = prior.decode(payload, (rows, columns), codebook=8192)
 
 A grid is coded from coarse to fine. At each level the tokens at even rows and columns are known, being the grid of the
 level above; three steps add the others, all tokens of a step at once:
@@ -63,8 +63,9 @@ PRECISION = 24
 #: table of powers: 2^20 2^(-i/64), for i up to 20 octaves
 OCTAVE_BITS, OCTAVES, LARGEST_POWER = 6, 20, 2**20
 
-#: numbers of float32 that one GEMM's columns, or one table of frequencies, take at a time
-BAND = 2**21
+#: numbers of float32 that one GEMM's columns take at a time, and scores that become frequencies together: few enough
+#: to stay in a processor's cache on the way
+BAND, TABLE = 2**21, 2**17
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,44 @@ def exact_place(device: str | torch.device) -> tuple[torch.device, torch.dtype]:
     if place.type == "cuda":
         return place, torch.float64
     return torch.device("cpu"), torch.float32
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """Those of S words at N positions, whole numbers that add up to 2^24, each at least 1.
+
+    sums: (N, S + 1), E: sums of the words' powers from 0 on. Word i has the numbers from C_i to C_(i+1) - 1, with
+        C_i = i + floor(E_i (2^24 - S) / E_S); of 2^24 places few are asked for, so they are computed when they are.
+    """
+
+    sums: Indices
+
+    def cumulative(self) -> Indices:
+        """C, (N, S + 1): from 0 to 2^24."""
+        size = self.sums.shape[1] - 1
+        return np.arange(size + 1) + self.sums * (2**PRECISION - size) // self.sums[:, -1:]  # below 2^59
+
+    def of(self, words: Indices) -> tuple[Indices, Indices]:
+        """C and the frequency of a word (N,) at each position."""
+        size = self.sums.shape[1] - 1
+        pairs = words[:, None] + np.arange(2)
+        pairs += np.take_along_axis(self.sums, pairs, 1) * (2**PRECISION - size) // self.sums[:, -1:]
+        return pairs[:, 0], pairs[:, 1] - pairs[:, 0]
+
+    def find(self, n: int, place: int) -> tuple[int, int, int]:
+        """The word whose numbers at position n hold `place`, its first number, and the one behind its last."""
+        row = self.sums[n]
+        size = len(row) - 1
+        share, whole = 2**PRECISION - size, row.item(size)
+        word, above, low, end = 0, size, 0, 2**PRECISION
+        while above - word > 1:
+            middle = (word + above) // 2
+            first = middle + row.item(middle) * share // whole
+            if first <= place:
+                word, low = middle, first
+            else:
+                above, end = middle, first
+        return word, low, end
 
 
 class TokenPrior:
@@ -230,27 +269,21 @@ class TokenPrior:
         i, j = PHASES[step + 1]
         return x[:, : (height + 1 - i) // 2, : (width + 1 - j) // 2].flatten(1).T
 
-    def _logits(self, features: Tensor, codebook: int) -> NDArray[np.int64]:
+    def _logits(self, features: Tensor, codebook: int) -> NDArray[np.int32]:
         """(N, dim) to (N, S), 2^9 log2 p but for a constant a row."""
         table, bias = self.words[codebook]
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 sums would be rounded
-            return (features @ table.T + bias).cpu().numpy().astype(np.int64)
+            return torch.addmm(bias, features, table.T).int().cpu().numpy()
 
-    def cumulative(self, logits: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(N, S) logits to (N, S + 1) cumulative frequencies, from 0 to 2^24, each word having at least 1.
-
-        With e = powers[(largest logit - logit) >> 3] and E_i = e_0 + ... + e_(i-1):
-        C_i = i + floor(E_i (2^24 - S) / E_S).
-        """
+    def frequencies(self, logits: NDArray[np.int32]) -> Frequencies:
+        """Those of (N, S) logits: E_i = e_0 + ... + e_(i-1) with e = powers[(largest logit - logit) >> 3]."""
         count, size = logits.shape
-        below = (logits.max(1, keepdims=True) - logits) >> (LOGIT_BITS - OCTAVE_BITS)
+        below = logits.max(1, keepdims=True) - logits
+        below >>= LOGIT_BITS - OCTAVE_BITS
+        np.minimum(below, len(self.powers) - 1, out=below)
         sums = np.zeros((count, size + 1), dtype=np.int64)
-        np.cumsum(self.powers[np.minimum(below, len(self.powers) - 1)], axis=1, out=sums[:, 1:])
-        whole = sums[:, -1:].copy()
-        sums *= 2**PRECISION - size  # below 2^15 words * 2^20 * 2^24
-        sums //= whole
-        sums += np.arange(size + 1)
-        return sums
+        np.cumsum(self.powers.take(below), axis=1, out=sums[:, 1:])  # below 2^15 words * 2^20
+        return Frequencies(sums)
 
     # ---- coding -----------------------------------------------------------------------------------------------------
 
@@ -263,11 +296,10 @@ class TokenPrior:
         if indices.shape != (grid[0] * grid[1],) or (indices < 0).any() or (indices >= codebook).any():
             raise ConfigError(f"A grid of {grid[0]}x{grid[1]} tokens has that many indices below {codebook}.")
         lows, shares, order = [], [], []
-        for cumulative, positions in self._parts(indices, grid, codebook):
-            words = indices[positions, None]
-            low = np.take_along_axis(cumulative, words, 1)
-            lows.append(low[:, 0])
-            shares.append((np.take_along_axis(cumulative, words + 1, 1) - low)[:, 0])
+        for frequencies, positions in self._parts(indices, grid, codebook):
+            low, share = frequencies.of(indices[positions])
+            lows.append(low)
+            shares.append(share)
             order.append(positions)
         words = indices[np.concatenate(order)]
         return ans_encode(np.concatenate(lows), np.concatenate(shares), words, codebook)
@@ -277,18 +309,16 @@ class TokenPrior:
         self._check_codebook(codebook)
         indices = np.zeros(grid[0] * grid[1], dtype=np.int64)
         coder = AnsDecoder(payload, len(indices), codebook)
-        for cumulative, positions in self._parts(indices, grid, codebook):
-            indices[positions] = coder.decode(cumulative)
+        for frequencies, positions in self._parts(indices, grid, codebook):
+            indices[positions] = coder.decode(frequencies, len(positions))
         return indices
 
     def probabilities(self, indices: Indices, grid: tuple[int, int], codebook: int) -> NDArray[np.float64]:
         """What the prior's frequencies give each of `indices` (L,), row by row."""
         self._check_codebook(codebook)
         out = np.empty(len(indices))
-        for cumulative, positions in self._parts(indices, grid, codebook):
-            words = indices[positions, None]
-            shares = np.take_along_axis(cumulative, words + 1, 1) - np.take_along_axis(cumulative, words, 1)
-            out[positions] = shares[:, 0] / 2**PRECISION
+        for frequencies, positions in self._parts(indices, grid, codebook):
+            out[positions] = frequencies.of(indices[positions])[1] / 2**PRECISION
         return out
 
     def ideal_bits(self, indices: Indices, grid: tuple[int, int], codebook: int) -> float:
@@ -300,14 +330,14 @@ class TokenPrior:
             raise ConfigError(f"The prior codes codebooks of {', '.join(map(str, self.sizes))} words, not {codebook}.")
 
     @torch.inference_mode()
-    def _parts(self, indices: Indices, grid: tuple[int, int], codebook: int) -> Iterator[tuple[Indices, Indices]]:
-        """Cumulative frequencies (N, S + 1) and positions (N,) in the flat grid of what is coded together, in order.
+    def _parts(self, indices: Indices, grid: tuple[int, int], codebook: int) -> Iterator[tuple[Frequencies, Indices]]:
+        """Frequencies at N positions and these (N,) in the flat grid of what is coded together, in order.
 
         Reads of `indices` (L,) only what was handed out before; decoding fills the positions in between.
         """
         whole = torch.from_numpy(indices).view(grid)
         places = np.arange(len(indices)).reshape(grid)
-        yield self.cumulative(self.words[codebook][1][None].cpu().numpy().astype(np.int64)), places[0, :1]
+        yield self.frequencies(self.words[codebook][1][None].int().cpu().numpy()), places[0, :1]
         for level in reversed(range((max(grid) - 1).bit_length())):
             stride = 2**level
             for step, (i, j) in enumerate(PHASES[1:]):
@@ -317,10 +347,10 @@ class TokenPrior:
                 # The slice is taken anew in each step: the last one's tokens have been filled in.
                 with torch.autocast(self.device.type, enabled=False):
                     features = self._features(whole[::stride, ::stride].to(self.device), step, level, codebook)
-                count = max(1, BAND // codebook)
+                count = max(1, TABLE // codebook)
                 for start in range(0, len(positions), count):
                     part = slice(start, start + count)
-                    yield self.cumulative(self._logits(features[part], codebook)), positions[part]
+                    yield self.frequencies(self._logits(features[part], codebook)), positions[part]
 
 
 def _activation(total: Tensor) -> Tensor:
@@ -378,17 +408,16 @@ class AnsDecoder:
         if self.state < 2**32 and self.words:
             self.state = self.state << 32 | self.words.pop()
 
-    def decode(self, cumulative: Indices) -> Indices:
-        """(N, S + 1) cumulative frequencies of the next N words to those words (N,)."""
-        out = np.empty(len(cumulative), dtype=np.int64)
-        for n, row in enumerate(cumulative):
+    def decode(self, frequencies: Frequencies, count: int) -> Indices:
+        """The next `count` words, (N,), which have these frequencies."""
+        out = np.empty(count, dtype=np.int64)
+        for n in range(count):
             if not self.coded:
                 out[n] = self._seed()
                 continue
             self.coded -= 1
             place = self.state & (2**PRECISION - 1)
-            word = out[n] = row.searchsorted(place, "right") - 1
-            low, end = row[word : word + 2].tolist()
+            out[n], low, end = frequencies.find(n, place)
             self.state = (self.state >> PRECISION) * (end - low) + place - low
             self._refill()
         return out

@@ -67,8 +67,8 @@ def test_estimated_bits_are_those_of_the_learned_prior_where_it_is_used():
     assert isinstance(codec.prior, TokenPrior) and codec.tables is not None
     rng, grid = np.random.default_rng(0), (32, 48)
     words = np.zeros(grid[0] * grid[1], dtype=np.int64)
-    for cumulative, positions in codec.prior._parts(words, grid, 64):
-        words[positions] = [row.searchsorted(rng.integers(2**24), "right") - 1 for row in cumulative]
+    for frequencies, positions in codec.prior._parts(words, grid, 64):
+        words[positions] = [frequencies.find(n, int(rng.integers(2**24)))[0] for n in range(len(positions))]
     x = codec.tokenizer.get_buffer("codebook")[words.reshape(grid)].permute(2, 0, 1)[None]
     x = x.repeat_interleave(16, -1).repeat_interleave(16, -2)
     model = CompressAIForm(codec)

@@ -26,7 +26,7 @@ from vtc.codecs import container, entropy
 from vtc.codecs import prior as prior_module
 from vtc.codecs.container import Coder
 from vtc.codecs.entropy import StaticTables
-from vtc.codecs.prior import FILE, TokenPrior, ans_encode
+from vtc.codecs.prior import FILE, Frequencies, TokenPrior, ans_encode
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import BitstreamError, ConfigError, ModelError
 from vtc.hub import BUNDLED
@@ -145,7 +145,7 @@ def assert_tables_equal(tensors: dict[str, Tensor], grid: tuple[int, int], size:
     indices = smooth(grid, size)
     expected = Reference(tensors).parts(indices.reshape(grid), size)
     seen = [(int(p), row.tolist()) for rows, positions in TokenPrior(tensors)._parts(indices, grid, size)
-            for row, p in zip(rows, positions, strict=True)]
+            for row, p in zip(rows.cumulative(), positions, strict=True)]
     assert seen == [(i * grid[1] + j, row) for (i, j), row in expected]
 
 
@@ -168,6 +168,24 @@ def test_tables_of_the_bundled_prior_equal_the_reference():
     assert_tables_equal(load_file(BUNDLED_PRIOR), (5, 6), 256)
 
 
+@pytest.mark.parametrize("size", (2, 3, 100, 2**15))
+def test_a_frequency_is_found_alone_as_in_the_whole_table(size):
+    rng = np.random.default_rng(size)
+    powers = rng.integers(0, 2**20, (4, size)) * (rng.random((4, size)) < 0.3)  # most words have the least frequency
+    powers[:, rng.integers(size)] = 2**20
+    frequencies = Frequencies(np.concatenate([np.zeros((4, 1), int), powers.cumsum(1)], 1))
+    table = frequencies.cumulative()
+    assert (np.diff(table) >= 1).all() and (table[:, 0] == 0).all() and (table[:, -1] == 2**24).all()
+    words = rng.integers(0, size, 4)
+    low, share = frequencies.of(words)
+    assert (low == table[range(4), words]).all() and (low + share == table[range(4), words + 1]).all()
+    for n, row in enumerate(table):
+        edges = (row[words] + [-1, 0, 1, 0]).clip(0).tolist()
+        for place in {0, *edges, *rng.integers(0, 2**24, 20).tolist(), 2**24 - 1}:
+            word = int(row.searchsorted(place, "right")) - 1
+            assert frequencies.find(n, place) == (word, row[word], row[word + 1])
+
+
 # ---- payloads -------------------------------------------------------------------------------------------------------
 
 @settings(max_examples=25, deadline=None)
@@ -176,7 +194,7 @@ def test_decode_inverts_encode_at_the_ideal_length(rows, columns, size, seed):
     coder, indices = prior(), smooth((rows, columns), size, seed)
     payload = coder.encode(indices, (rows, columns), size)
     assert (coder.decode(payload, (rows, columns), size) == indices).all()
-    each = np.concatenate([24 - np.log2(np.diff(table)[range(len(places)), indices[places]])
+    each = np.concatenate([24 - np.log2(np.diff(table.cumulative())[range(len(places)), indices[places]])
                            for table, places in coder._parts(indices, (rows, columns), size)])
     assert each.sum() == pytest.approx(coder.ideal_bits(indices, (rows, columns), size), rel=1e-12)
     # The last tokens, packed in at most 24 bits, are the coder's start, and fewer bits where they are low numbers.
@@ -193,7 +211,7 @@ def test_only_tokens_that_were_decoded_are_read():
     filled = np.zeros_like(indices)
     true = coder._parts(indices, grid, 64)
     for (rows, positions), (expected, _) in zip(coder._parts(filled, grid, 64), true, strict=True):
-        assert (rows == expected).all()
+        assert (rows.sums == expected.sums).all()
         filled[positions] = indices[positions]
     assert (filled == indices).all()
 
@@ -264,6 +282,7 @@ def test_bands_and_blocks_change_nothing(monkeypatch):
     whole = coder.encode(indices, grid, 64)
     for band in (1, 700, 3000):
         monkeypatch.setattr(prior_module, "BAND", band)
+        monkeypatch.setattr(prior_module, "TABLE", band)
         assert coder.encode(indices, grid, 64) == whole
 
 
@@ -400,7 +419,8 @@ def test_training_computes_what_the_integers_do(grid):
             if 0 not in shape:
                 expected = rounded[0, : shape[0], : shape[1]].flatten(0, 1) * 16
                 assert (coder._features(part, step, level, 64).double() == expected).all()
-    first = -np.log2(np.diff(coder.cumulative(coder.words[64][1][None].numpy().astype(np.int64)))[0] / 2**24)
+    frequencies = coder.frequencies(coder.words[64][1][None].numpy().astype(np.int32)).cumulative()
+    first = -np.log2(np.diff(frequencies)[0] / 2**24)
     bits = coder.ideal_bits(indices, grid, 64) - first[indices[0]]
     assert exact(table[None], 64).item() == pytest.approx(bits / (len(indices) - 1), abs=1e-2)
 
@@ -427,11 +447,11 @@ def test_rounding_lets_gradients_pass_where_nothing_is_cut_off():
 
 
 def test_a_prior_goes_on_with_other_codebooks():
-    """Words of 64 in another order, and each of 128 words one half of an earlier one: the same pictures, the same bits."""
+    """The 64 words in another order give the same bits; 128, each one half of an earlier one, a bit a token more."""
     earlier, generator = network(), torch.Generator().manual_seed(1)
     order = torch.randperm(64, generator=generator)
-    later = PriorNetwork({8: earlier.codes(8), 64: earlier.codes(64)[order],
-                          128: earlier.codes(64).repeat_interleave(2, 0)}, width=24, depth=2, dim=12, levels=3, hidden=8)
+    codebooks = {8: earlier.codes(8), 64: earlier.codes(64)[order], 128: earlier.codes(64).repeat_interleave(2, 0)}
+    later = PriorNetwork(codebooks, width=24, depth=2, dim=12, levels=3, hidden=8)
     later.go_on_from(earlier.state_dict(), {size: np.full(size, 7) for size in later.sizes})
     grid = torch.from_numpy(smooth((9, 13), 64).reshape(1, 9, 13))
     bits = earlier(grid, 64).item()
