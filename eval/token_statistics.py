@@ -1,6 +1,6 @@
 """The language of visual tokens: do a codebook's words behave like the words of a text?
 
-    found = token_statistics(grids, vocab=2560)         # integer arrays (rows, columns), one a picture
+    found = token_statistics(grids, vocab=8192)         # integer arrays (rows, columns), one a picture
     text = token_statistics(documents, vocab=len(words))    # integer arrays (length,), one a document
     found.zipf.exponent, found.entropy.grassberger, found.growth.heaps_exponent
 

@@ -69,11 +69,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument("--lpips_weights", help="folder with AlexNet's features")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS), metavar="PATTERN",
-                        help=f"out of {', '.join(PATTERNS)}")
+                        help=f"out of {', '.join(PATTERNS)}".replace("%", "%%"))
     parser.add_argument("--fillings", nargs="+", choices=FILLINGS, default=list(FILLINGS))
     parser.add_argument("--limit", type=int, help="only the first so many pictures, by name")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, help="also draw this picture's fillings at 20 % lost into sheet.jpg")
+    parser.add_argument("--picture", type=Path, help="also draw this picture's fillings at 20 %% lost into sheet.jpg")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser.parse_args(arguments)
 

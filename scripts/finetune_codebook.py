@@ -27,7 +27,7 @@ from vtc import hub
 from vtc.errors import ConfigError, TrainingError
 from vtc.files import write_file
 from vtc.images import load_image
-from vtc.models import load_tokenizer
+from vtc.models import FAMILY_SIZES, load_tokenizer
 from vtc.script import run_script
 from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.codebook_clustering import cluster_codebook, with_codebook
@@ -55,7 +55,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train_data_dir", type=Path, required=True)
     parser.add_argument("--validation_data_dir", type=Path, help="pictures to check the order on; none: no check")
     parser.add_argument("--output", type=Path, help=f"the file to make; default {FAMILY} in the model's folder")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512, 1024, 2048])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(FAMILY_SIZES))
     parser.add_argument("--unweighted", action="store_true", help="all words count alike in K-means, as in the paper; "
                                                                   "default: as often as they occur")
     parser.add_argument("--lpips_weights", type=Path, help="folder of backbone features; default VTC_LPIPS_WEIGHTS")

@@ -19,9 +19,9 @@ from vtc.codecs import chunks, container
 from vtc.codecs.container import Coder
 from vtc.codecs.entropy import StaticTables
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import ModelError
+from vtc.errors import ModelError, VtcError
 from vtc.images import load_image, save_image, to_tensor
-from vtc.models import FINGERPRINTS, MODEL_IDS, load_tokenizer
+from vtc.models import FINGERPRINTS, MODEL_IDS, RETIRED_IDS, load_tokenizer
 from vtc.tokenizers.local_vq import LocalVQ
 
 fit_tables = import_module("scripts.fit_tables")
@@ -82,7 +82,7 @@ def test_tables_in_place_keep_everything_else(model_and_images):
 
 def test_a_model_that_cannot_hold_such_tables_is_left_alone(model_and_images, tmp_path, capsys):
     folder, _ = model_and_images
-    with pytest.raises(fit_tables.VtcError):
+    with pytest.raises(VtcError):
         fit_tables.write(str(folder), tmp_path / "out", StaticTables(np.full((2, 64), 2)))
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
@@ -167,7 +167,8 @@ def test_a_model_id_is_a_number_of_the_table_and_nothing_else(monkeypatch):
             if model_id == 0:
                 expected = known.get(fingerprint)
             if expected is None:
-                with pytest.raises(ModelError, match="does not ship"):
+                retired = next((name for name, number in RETIRED_IDS.items() if number == model_id), "")
+                with pytest.raises(ModelError, match=rf"{retired}.*does not ship; give the model's folder by --model"):
                     decode._bundled_model(named)
             else:
                 assert decode._bundled_model(named) == expected

@@ -25,7 +25,7 @@ from tests.test_models import tiny
 from vtc import hub
 from vtc.cli import decode, encode
 from vtc.codecs.token_codec import TokenCodec
-from vtc.models import DEFAULT_MODEL, FINGERPRINTS, load_tokenizer
+from vtc.models import DEFAULT_MODEL, FINGERPRINTS, MODEL_IDS, load_tokenizer
 
 Say = Callable[..., SimpleNamespace]
 
@@ -158,7 +158,8 @@ def test_info_needs_no_model(here: Path, run: Say, monkeypatch: pytest.MonkeyPat
     run("encode", "a.png", "--model", hub.BUNDLED.parent / "other", "-o", "b.vtc")
     monkeypatch.setattr(hub, "BUNDLED", here / "nothing")
     facts = json.loads(run("decode", "--info", "a.vtc", "--json").out)
-    assert (facts["width"], facts["height"], facts["model"], facts["model_id"]) == (40, 24, DEFAULT_MODEL, 1)
+    assert (facts["width"], facts["height"], facts["model"]) == (40, 24, DEFAULT_MODEL)
+    assert facts["model_id"] == MODEL_IDS[DEFAULT_MODEL]
     assert facts["fingerprint"] == tiny(0).fingerprint().hex() and facts["scales"] == [[2, 3]]
     assert facts["bytes"] == os.path.getsize("a.vtc")
     result = run("decode", "--info", "b.vtc", "none.vtc")

@@ -10,7 +10,7 @@ import torch
 
 from vtc import hub
 from vtc.errors import ModelError
-from vtc.models import DEFAULT_MODEL, FINGERPRINTS, MODEL_IDS, TOKENIZER_CLASSES, load_tokenizer, name_of
+from vtc.models import DEFAULT_MODEL, FINGERPRINTS, MODEL_IDS, RETIRED_IDS, TOKENIZER_CLASSES, load_tokenizer, name_of
 from vtc.tokenizers.local_vq import LocalVQ
 
 
@@ -29,10 +29,12 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_numbers_in_streams_never_change() -> None:
-    assert MODEL_IDS["localvq-f16-2560"] == 1
+    assert [MODEL_IDS[f"localvq-f16-8192{member}"] for member in ("", "-s8", "-s512", "-s4096")] == [11, 12, 18, 21]
+    assert [name_of(number) for number in (1, 2, 10)] == ["localvq-f16-2560", "localvq-f16-2560-s8",
+                                                         "localvq-f16-2560-s2048"]
     assert DEFAULT_MODEL in MODEL_IDS
-    assert 0 not in MODEL_IDS.values() and len(set(MODEL_IDS.values())) == len(MODEL_IDS)
-    assert name_of(1) == "localvq-f16-2560"
+    numbers = [*MODEL_IDS.values(), *RETIRED_IDS.values()]
+    assert sorted(numbers) == list(range(1, 22))
     assert name_of(0) is None and name_of(2**31) is None
 
 
@@ -49,7 +51,7 @@ def test_the_fingerprints_are_those_of_the_bundled_models() -> None:
 
 def test_a_bundled_name_has_its_number_and_a_folder_has_none(bundled: Path) -> None:
     by_name, by_path = load_tokenizer(), load_tokenizer(bundled / DEFAULT_MODEL)
-    assert (by_name.model_id, by_path.model_id) == (1, 0)
+    assert (by_name.model_id, by_path.model_id) == (MODEL_IDS[DEFAULT_MODEL], 0)
     assert LocalVQ.model_id == 0  # the class was not touched
     assert not by_name.training and by_name.fingerprint() == by_path.fingerprint()
 
@@ -65,7 +67,7 @@ def test_a_bundled_name_is_not_looked_for_elsewhere(tmp_path: Path, monkeypatch:
 
 def test_no_download_where_it_is_not_allowed(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "hf_hub_download", pytest.fail)
-    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-2560, and"):
+    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-8192, and"):
         load_tokenizer("someone/something", allow_download=False)
 
 
@@ -92,7 +94,7 @@ def test_a_file_cannot_make_us_import(kind: object, bundled: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff\xfe"])
 def test_a_damaged_configuration_is_one_sentence(text: str, bundled: Path) -> None:
     (bundled / DEFAULT_MODEL / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelError, match="localvq-f16-2560"):
+    with pytest.raises(ModelError, match="localvq-f16-8192"):
         load_tokenizer()
 
 

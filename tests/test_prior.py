@@ -633,5 +633,5 @@ def test_the_bundled_prior_saves_at_least_eight_per_cent_on_a_kodak_picture(bund
 
 
 def test_the_bundled_prior_knows_the_whole_family_and_is_small(bundled):
-    assert bundled.sizes == (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 2560)
-    assert BUNDLED_PRIOR.stat().st_size < 1.5 * 2**20
+    assert bundled.sizes == (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    assert BUNDLED_PRIOR.stat().st_size < 2.5 * 2**20

@@ -123,7 +123,6 @@ def test_a_folder_s_members_are_found_by_size_and_by_fingerprint(folder, tmp_pat
 
 
 def test_the_bundled_members_have_numbers_and_fingerprints(monkeypatch, folder, tmp_path):
-    assert [MODEL_IDS[f"{DEFAULT_MODEL}-s{2 ** (n + 1)}"] for n in range(2, 11)] == list(range(2, 11))
     assert set(MEMBERS) == set(MODEL_IDS) - {DEFAULT_MODEL}
     monkeypatch.setattr(hub, "BUNDLED", tmp_path)
     assert set(FINGERPRINTS) == {DEFAULT_MODEL}  # an installation without the family
@@ -132,7 +131,8 @@ def test_the_bundled_members_have_numbers_and_fingerprints(monkeypatch, folder, 
         (tmp_path / DEFAULT_MODEL / file.name).write_bytes(file.read_bytes())
     assert set(FINGERPRINTS) == {DEFAULT_MODEL, f"{DEFAULT_MODEL}-s8", f"{DEFAULT_MODEL}-s32"}
     member = load_tokenizer(f"{DEFAULT_MODEL}-s8")
-    assert member.model_id == 2 and FINGERPRINTS[f"{DEFAULT_MODEL}-s8"] == member.fingerprint().hex()
+    assert member.model_id == MODEL_IDS[f"{DEFAULT_MODEL}-s8"]
+    assert FINGERPRINTS[f"{DEFAULT_MODEL}-s8"] == member.fingerprint().hex()
     assert load_tokenizer(DEFAULT_MODEL, size=2).model_id == 0  # a size without a number of its own
     with pytest.raises(KeyError):
         FINGERPRINTS[f"{DEFAULT_MODEL}-s64"]

@@ -146,7 +146,7 @@ class LocalVQ(Tokenizer, PretrainedMixin):
     is_local = True
     decoding_prefixes = ("decoder.", "quantizer.", "token_frequencies")
 
-    def __init__(self, codebook_size: int = 2560, dim: int = 32,
+    def __init__(self, codebook_size: int = 8192, dim: int = 32,
                  encoder_widths: tuple[int, ...] = (64, 128, 256), encoder_depths: tuple[int, ...] = (1, 2, 3),
                  decoder_widths: tuple[int, ...] = (40, 80, 160, 320), decoder_depths: tuple[int, ...] = (2, 2, 2, 4),
                  thin: int = 16) -> None:

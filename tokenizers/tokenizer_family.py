@@ -2,8 +2,8 @@
 
     image -> encoder trunk -> conv 1x1* -> nearest of S codewords* -> conv 1x1* -> decoder trunk -> image   * its own
 
-The trunks are the base's, so a member of S words costs 32 S + 18,784 numbers with the bundled model, and nine of them
-0.6 MiB. A member is a tokenizer like any other: its own number, fingerprint and entropy-coding table.
+The trunks are the base's, so a member of S words costs 32 S + 18,784 numbers with the bundled model, and ten of them
+0.9 MiB. A member is a tokenizer like any other: its own number, fingerprint and entropy-coding table.
 
     family = TokenizerFamily.load("family.safetensors")
     small = family.member(base, 64)

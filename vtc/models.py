@@ -26,23 +26,14 @@ if TYPE_CHECKING:
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
-#: 0 is every model that vtc does not ship.
-MODEL_IDS = {
-    "localvq-f16-2560": 1,
-    "localvq-f16-2560-s8": 2,
-    "localvq-f16-2560-s16": 3,
-    "localvq-f16-2560-s32": 4,
-    "localvq-f16-2560-s64": 5,
-    "localvq-f16-2560-s128": 6,
-    "localvq-f16-2560-s256": 7,
-    "localvq-f16-2560-s512": 8,
-    "localvq-f16-2560-s1024": 9,
-    "localvq-f16-2560-s2048": 10,
-}
+#: 0 is every model that vtc does not ship. The members of a family follow their base.
+DEFAULT_MODEL = "localvq-f16-8192"
+FAMILY_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+MODEL_IDS = {DEFAULT_MODEL: 11, **{f"{DEFAULT_MODEL}-s{size}": 12 + n for n, size in enumerate(FAMILY_SIZES)}}
 #: bundled models that are members of another's family (`vtc.tokenizers.tokenizer_family`): that other and their size
-MEMBERS = {f"localvq-f16-2560-s{size}": ("localvq-f16-2560", size)
-           for size in (8, 16, 32, 64, 128, 256, 512, 1024, 2048)}
-DEFAULT_MODEL = "localvq-f16-2560"
+MEMBERS = {f"{DEFAULT_MODEL}-s{size}": (DEFAULT_MODEL, size) for size in FAMILY_SIZES}
+#: models that were bundled once, by their numbers; the folder of one, given by --model, still decodes its streams
+RETIRED_IDS = {"localvq-f16-2560": 1, **{f"localvq-f16-2560-s{2 ** (n + 1)}": n for n in range(2, 11)}}
 DEFAULT_GENERATOR = "var-tiny-128"
 
 
@@ -73,12 +64,12 @@ class _Fingerprints(Mapping[str, str]):
 
 
 #: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
-FINGERPRINTS = _Fingerprints({"localvq-f16-2560": "75f4165e1ae0bc05"})
+FINGERPRINTS = _Fingerprints({DEFAULT_MODEL: "2f44f75c67745ecd"})
 
 
 def name_of(model_id: int) -> str | None:
-    """The bundled model that a stream's number means; None for 0 and for numbers this version does not know."""
-    return next((name for name, number in MODEL_IDS.items() if number == model_id), None)
+    """The model, bundled now or once, that a stream's number means; None for 0 and for numbers not given yet."""
+    return next((name for name, number in (MODEL_IDS | RETIRED_IDS).items() if number == model_id), None)
 
 
 def load_tokenizer(name_or_path: str | Path = DEFAULT_MODEL, allow_download: bool = True,

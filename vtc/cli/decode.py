@@ -32,7 +32,7 @@ from vtc.cli.items import Made
 from vtc.cli.plan import Task, UsageError, plan
 from vtc.cli.shards import Recipe, coded_members
 from vtc.errors import FileError, ModelError, VtcError
-from vtc.models import FINGERPRINTS, in_streams, name_of, size_of
+from vtc.models import FINGERPRINTS, RETIRED_IDS, in_streams, name_of, size_of
 
 if TYPE_CHECKING:
     from vtc.codecs.chunks import ChunkedContainer
@@ -176,8 +176,8 @@ def _bundled_model(header: Container | ChunkedContainer) -> str:
         learned = header.coder == Coder.PRIOR
         name = next((name for name, known in FINGERPRINTS.items()
                      if in_streams(known, name, learned) == header.fingerprint), None)
-    if name is None:
-        which = f"model number {header.model_id}" if header.model_id else "a model of its own"
+    if name is None or name in RETIRED_IDS:
+        which = name or (f"model number {header.model_id}" if header.model_id else "a model of its own")
         raise ModelError(f"The stream was made with {which} (fingerprint {header.fingerprint.hex()}), which this "
                          "version of vtc does not ship; give the model's folder by --model.")
     return name

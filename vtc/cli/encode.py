@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(model=DEFAULT_MODEL)
     rate = parser.add_mutually_exclusive_group()
     rate.add_argument("-q", "--quality", type=_whole, metavar="N",
-                      help="1 (smallest files) to 10 (the default); each step is one of the model's family")
+                      help="1 (smallest files) to 11 (the default); each step is one of the model's family")
     rate.add_argument("--bpp", type=_rate, metavar="X",
                       help="the highest quality whose whole file has at most X bits per pixel")
     rate.add_argument("--bytes", type=_whole, metavar="N",
