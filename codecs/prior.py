@@ -130,17 +130,18 @@ class Frequencies:
 
     sums: Indices
 
-    def cumulative(self) -> Indices:
-        """C, (N, S + 1): from 0 to 2^24."""
-        size = self.sums.shape[1] - 1
-        return np.arange(size + 1) + self.sums * (2**PRECISION - size) // self.sums[:, -1:]  # below 2^59
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    def starts(self, words: Indices) -> Indices:
+        """C of words (N, M), or of the same (1, M) at each position, to (N, M); that of S is 2^24."""
+        share = 2**PRECISION - (self.sums.shape[1] - 1)
+        return words + np.take_along_axis(self.sums, words, 1) * share // self.sums[:, -1:]  # products below 2^59
 
     def of(self, words: Indices) -> tuple[Indices, Indices]:
         """C and the frequency of a word (N,) at each position."""
-        size = self.sums.shape[1] - 1
-        pairs = words[:, None] + np.arange(2)
-        pairs += np.take_along_axis(self.sums, pairs, 1) * (2**PRECISION - size) // self.sums[:, -1:]
-        return pairs[:, 0], pairs[:, 1] - pairs[:, 0]
+        low, end = self.starts(words[:, None] + np.arange(2)).T
+        return low, end - low
 
     def find(self, n: int, place: int) -> tuple[int, int, int]:
         """The word whose numbers at position n hold `place`, its first number, and the one behind its last."""
@@ -310,7 +311,7 @@ class TokenPrior:
         indices = np.zeros(grid[0] * grid[1], dtype=np.int64)
         coder = AnsDecoder(payload, len(indices), codebook)
         for frequencies, positions in self._parts(indices, grid, codebook):
-            indices[positions] = coder.decode(frequencies, len(positions))
+            indices[positions] = coder.decode(frequencies)
         return indices
 
     def probabilities(self, indices: Indices, grid: tuple[int, int], codebook: int) -> NDArray[np.float64]:
@@ -408,10 +409,10 @@ class AnsDecoder:
         if self.state < 2**32 and self.words:
             self.state = self.state << 32 | self.words.pop()
 
-    def decode(self, frequencies: Frequencies, count: int) -> Indices:
-        """The next `count` words, (N,), which have these frequencies."""
-        out = np.empty(count, dtype=np.int64)
-        for n in range(count):
+    def decode(self, frequencies: Frequencies) -> Indices:
+        """The next N words, (N,), which have these frequencies."""
+        out = np.empty(len(frequencies), dtype=np.int64)
+        for n in range(len(frequencies)):
             if not self.coded:
                 out[n] = self._seed()
                 continue

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.files import write_file
+from vtc.script import run_script
 
 CASES = ("tokenizer", "vae", "generator")
 #: dense bfloat16 TFLOP/s by the maker, by a part of the device's name
@@ -282,4 +283,4 @@ def page(results: list[dict[str, Any]], args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(main, "bench_training"))

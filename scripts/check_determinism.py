@@ -34,6 +34,7 @@ from vtc.codecs.container import Coder
 from vtc.codecs.prior import TokenPrior
 from vtc.codecs.token_codec import TokenCodec
 from vtc.errors import ConfigError, VtcError
+from vtc.files import write_file
 from vtc.images import load_image, to_tensor
 from vtc.models import DEFAULT_MODEL, load_tokenizer
 from vtc.script import run_script
@@ -100,7 +101,7 @@ def check(args: argparse.Namespace) -> int:
     text = json.dumps(facts, indent=2)
     print(text)
     if args.output:
-        args.output.write_text(text + "\n")
+        write_file(args.output, text.encode() + b"\n")
     if args.coding:
         agreed = not any(s["indices_that_differ"] or s["streams_that_differ"] for s in facts["settings"].values())
     else:

@@ -141,11 +141,16 @@ class Reference:
         return out
 
 
+def cumulative(frequencies: Frequencies) -> np.ndarray:
+    """(N, S + 1), from 0 to 2^24: where each word starts, and behind the last."""
+    return frequencies.starts(np.arange(frequencies.sums.shape[1])[None])
+
+
 def assert_tables_equal(tensors: dict[str, Tensor], grid: tuple[int, int], size: int) -> None:
     indices = smooth(grid, size)
     expected = Reference(tensors).parts(indices.reshape(grid), size)
     seen = [(int(p), row.tolist()) for rows, positions in TokenPrior(tensors)._parts(indices, grid, size)
-            for row, p in zip(rows.cumulative(), positions, strict=True)]
+            for row, p in zip(cumulative(rows), positions, strict=True)]
     assert seen == [(i * grid[1] + j, row) for (i, j), row in expected]
 
 
@@ -174,7 +179,7 @@ def test_a_frequency_is_found_alone_as_in_the_whole_table(size):
     powers = rng.integers(0, 2**20, (4, size)) * (rng.random((4, size)) < 0.3)  # most words have the least frequency
     powers[:, rng.integers(size)] = 2**20
     frequencies = Frequencies(np.concatenate([np.zeros((4, 1), int), powers.cumsum(1)], 1))
-    table = frequencies.cumulative()
+    table = cumulative(frequencies)
     assert (np.diff(table) >= 1).all() and (table[:, 0] == 0).all() and (table[:, -1] == 2**24).all()
     words = rng.integers(0, size, 4)
     low, share = frequencies.of(words)
@@ -194,7 +199,7 @@ def test_decode_inverts_encode_at_the_ideal_length(rows, columns, size, seed):
     coder, indices = prior(), smooth((rows, columns), size, seed)
     payload = coder.encode(indices, (rows, columns), size)
     assert (coder.decode(payload, (rows, columns), size) == indices).all()
-    each = np.concatenate([24 - np.log2(np.diff(table.cumulative())[range(len(places)), indices[places]])
+    each = np.concatenate([24 - np.log2(np.diff(cumulative(table))[range(len(places)), indices[places]])
                            for table, places in coder._parts(indices, (rows, columns), size)])
     assert each.sum() == pytest.approx(coder.ideal_bits(indices, (rows, columns), size), rel=1e-12)
     # The last tokens, packed in at most 24 bits, are the coder's start, and fewer bits where they are low numbers.
@@ -419,7 +424,7 @@ def test_training_computes_what_the_integers_do(grid):
             if 0 not in shape:
                 expected = rounded[0, : shape[0], : shape[1]].flatten(0, 1) * 16
                 assert (coder._features(part, step, level, 64).double() == expected).all()
-    frequencies = coder.frequencies(coder.words[64][1][None].numpy().astype(np.int32)).cumulative()
+    frequencies = cumulative(coder.frequencies(coder.words[64][1][None].numpy().astype(np.int32)))
     first = -np.log2(np.diff(frequencies)[0] / 2**24)
     bits = coder.ideal_bits(indices, grid, 64) - first[indices[0]]
     assert exact(table[None], 64).item() == pytest.approx(bits / (len(indices) - 1), abs=1e-2)

@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
-#: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
-#: 0 is every model that vtc does not ship. The members of a family follow their base.
 DEFAULT_MODEL = "localvq-f16-8192"
+DEFAULT_GENERATOR = "var-tiny-128"
+
+#: codewords of the smaller members of the default model's family
 FAMILY_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-MODEL_IDS = {DEFAULT_MODEL: 11, **{f"{DEFAULT_MODEL}-s{size}": 12 + n for n, size in enumerate(FAMILY_SIZES)}}
 #: bundled models that are members of another's family (`vtc.tokenizers.tokenizer_family`): that other and their size
-MEMBERS = {f"{DEFAULT_MODEL}-s{size}": (DEFAULT_MODEL, size) for size in FAMILY_SIZES}
+MEMBERS = {f"localvq-f16-8192-s{size}": ("localvq-f16-8192", size) for size in FAMILY_SIZES}
+#: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
+#: 0 is every model that vtc does not ship.
+MODEL_IDS = {"localvq-f16-8192": 11, **{name: number for number, name in enumerate(MEMBERS, 12)}}
 #: models that were bundled once, by their numbers; the folder of one, given by --model, still decodes its streams
 RETIRED_IDS = {"localvq-f16-2560": 1, **{f"localvq-f16-2560-s{2 ** (n + 1)}": n for n in range(2, 11)}}
-DEFAULT_GENERATOR = "var-tiny-128"
 
 
 class _Fingerprints(Mapping[str, str]):
@@ -64,7 +66,7 @@ class _Fingerprints(Mapping[str, str]):
 
 
 #: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
-FINGERPRINTS = _Fingerprints({DEFAULT_MODEL: "2f44f75c67745ecd"})
+FINGERPRINTS = _Fingerprints({"localvq-f16-8192": "2f44f75c67745ecd"})
 
 
 def name_of(model_id: int) -> str | None:

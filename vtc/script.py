@@ -1,4 +1,4 @@
-"""How every script in `scripts/` ends: with an exit code, and at most one sentence on stderr."""
+"""How the scripts in `scripts/` end: with an exit code, and one sentence on stderr where they fail."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from vtc.codecs.prior import (
     WORD_BITS,
     TokenPrior,
 )
-from vtc.errors import ConfigError, first_sentence
+from vtc.errors import ConfigError
 from vtc.files import write_file
 from vtc.tokenizers.vector_quantizer import nearest_codeword
 from vtc.training.recipe import Recipe, flag
@@ -207,7 +207,7 @@ class PriorNetwork(nn.Module):
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
-            raise ConfigError(f"The prior to go on from has other widths: {first_sentence(error)}.") from error
+            raise ConfigError("The prior to go on from has other widths, or another depth, than this one.") from error
 
     def codes(self, size: int) -> Tensor:
         """(S, d) codewords as the network sees them."""
