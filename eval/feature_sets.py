@@ -36,7 +36,7 @@ class FeatureSetMetric(FeatureMetric):
             raise ConfigError(f"At least two samples must be kept, not {max_samples}.")
         self.extractor = extractor.eval()
         self.max_samples, self.seed = max_samples, seed
-        self._dim = int(extractor.num_features)  # type: ignore[arg-type]
+        self._dim = int(extractor.num_features)  # type: ignore[arg-type]  # torch's stub: Tensor or Module
         for side in ("real", "fake"):
             self.add_state(f"{side}_features", [], dist_reduce_fx="cat")
 

@@ -151,7 +151,7 @@ class FrechetDistance(FeatureMetric):
         super().__init__()
         self.extractor = extractor.eval()
         self.reference = reference
-        dim = int(extractor.num_features)  # type: ignore[arg-type]
+        dim = int(extractor.num_features)  # type: ignore[arg-type]  # torch's stub: Tensor or Module
         if reference is not None and reference.mean.numel() != dim:
             raise ConfigError(f"The reference has {reference.mean.numel()} dimensions and the network {dim}.")
         for side in ("real", "fake"):

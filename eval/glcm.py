@@ -141,7 +141,7 @@ def _compiled() -> Callable[..., np.ndarray] | None:
     t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13 = (np.uint32(k * table) for k in range(1, 14))
 
     @numba.njit
-    def count(framed, counts):  # type: ignore[no-untyped-def]
+    def count(framed, counts):  # type: ignore[no-untyped-def]  # numba compiles it
         one = np.uint16(1)
         for row in range(FRAME, FRAME + PATCH):
             for i in range(row * STRIDE + FRAME, row * STRIDE + FRAME + PATCH):
@@ -163,7 +163,7 @@ def _compiled() -> Callable[..., np.ndarray] | None:
                 counts[t13 + first + framed[i + other3]] += one
 
     @numba.njit
-    def upstream_score(packed, classes, log_terms, histogram, seen):  # type: ignore[no-untyped-def]
+    def upstream_score(packed, classes, log_terms, histogram, seen):  # type: ignore[no-untyped-def]  # numba compiles it
         occupied, num_seen = 0, 0
         for k in range(len(shares)):
             for j in range(k * table // 4, (k * table + CELLS) // 4):
@@ -186,7 +186,7 @@ def _compiled() -> Callable[..., np.ndarray] | None:
         return np.log2(MATRICES * CELLS) - total / (MATRICES * CELLS)
 
     @numba.njit
-    def textbook_score(counts, log_terms):  # type: ignore[no-untyped-def]
+    def textbook_score(counts, log_terms):  # type: ignore[no-untyped-def]  # numba compiles it
         total = 0.0
         for k in range(len(shares)):
             entropy = 0.0
@@ -197,7 +197,7 @@ def _compiled() -> Callable[..., np.ndarray] | None:
         return total / MATRICES
 
     @numba.njit(parallel=True)
-    def scores(levels, rows, columns, textbook, classes, log_terms):  # type: ignore[no-untyped-def]
+    def scores(levels, rows, columns, textbook, classes, log_terms):  # type: ignore[no-untyped-def]  # numba compiles it
         result = np.empty((rows, columns))
         for row in numba.prange(rows):
             framed = np.full(STRIDE * STRIDE, OUTSIDE, dtype=np.uint32)

@@ -458,7 +458,7 @@ def build(alias: str, options: Options | None = None) -> Measure:
     """The measure of that name. Raises ModelError where its weights are not found."""
     o = options or Options()
     if alias.startswith("lpips_"):
-        return LPIPSMeasure(alias.removeprefix("lpips_"), o.lpips_weights, o.device)  # type: ignore[arg-type]
+        return LPIPSMeasure(alias.removeprefix("lpips_"), o.lpips_weights, o.device)  # type: ignore[arg-type]  # MEASURES names no others
     if alias == "dists":
         network = DISTS(o.lpips_weights).to(o.device)
         return PairMeasure(alias, "deep_image_structure_and_texture_similarity",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -149,5 +149,5 @@ def _distances(name: str, s: TokenStatistics, colour: int) -> list[Series]:
             for along in (True, False)]
 
 
-def _points(x: object, y: object) -> list[tuple[float, float]]:
-    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]  # type: ignore[call-overload]
+def _points(x: Iterable[float], y: Iterable[float]) -> list[tuple[float, float]]:
+    return [(float(a), float(b)) for a, b in zip(x, y, strict=True)]

@@ -156,8 +156,8 @@ def coders(codec: TokenCodec, words: int) -> list[Coder]:
         return flat.reshape(-1, bits).astype(np.int64) @ (1 << np.arange(bits)[::-1])
 
     general = [
-        Coder(f"{name}, {form}", lambda s, g, pack=pack, press=press: press(pack(s)),  # type: ignore[misc]
-              lambda d, g, unpack=unpack, expand=expand: unpack(expand(d), g))  # type: ignore[misc]
+        Coder(f"{name}, {form}", lambda s, g, pack=pack, press=press: press(pack(s)),  # type: ignore[misc]  # mypy infers no lambda with defaults
+              lambda d, g, unpack=unpack, expand=expand: unpack(expand(d), g))  # type: ignore[misc]  # mypy infers no lambda with defaults
         for name, press, expand in (("zlib 9", lambda d: zlib.compress(d, 9), zlib.decompress),
                                     ("lzma 6", lambda d: lzma.compress(d, preset=6), lzma.decompress))
         for form, pack, unpack in (("16 bits", lambda s: s.astype("<u2").tobytes(),

@@ -113,7 +113,7 @@ def peers(weights: str | None) -> list[Callable[[], Metric]]:
 
     class Perceptual(MeanMetric):
         @torch.no_grad()
-        def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:  # type: ignore[override]
+        def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:  # type: ignore[override]  # torchmetrics' own idiom
             super().update(network(preds, target))
 
     return [lambda: PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)),

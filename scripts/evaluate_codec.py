@@ -149,7 +149,7 @@ def rows_of(image: str, found: Sequence[MethodResult]) -> Iterator[Row]:
             values = {name: float(column[place]) for name, column in method.columns.items()
                       if not math.isnan(column[place])}
             yield Row(image, method.name, int(values["width"]), int(values["height"]), int(values["num_bytes"]),
-                      **{name: values.get(result) for name, result in RESULTS.items()},  # type: ignore[arg-type]
+                      **{name: values.get(result) for name, result in RESULTS.items()},  # type: ignore[arg-type]  # rate and PSNR are always measured
                       downsample=int(values.get("downsample", 1)), quality=values.get("quality"))
 
 

@@ -27,7 +27,7 @@ class IBQ(VQGAN):
                  attention_levels: Sequence[int] = (4,), beta: float = 0.25, entropy: float = 0.05) -> None:
         super().__init__(codebook_size, embed_dim, channels, channel_multipliers, num_res_blocks, z_channels,
                          attention_levels, beta)
-        self.quantizer.entropy = entropy  # type: ignore[assignment]
+        self.quantizer.entropy = entropy  # type: ignore[assignment]  # torch's stub: Tensor or Module
 
     def make_quantizer(self, codebook_size: int, embed_dim: int, beta: float, legacy: bool) -> nn.Module:
         return IndexBackpropQuantizer(codebook_size, embed_dim, beta)

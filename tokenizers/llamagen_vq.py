@@ -27,7 +27,7 @@ class LlamaGenVQ(VQGAN):
                  beta: float = 0.25, entropy: float = 0.0) -> None:
         super().__init__(codebook_size, embed_dim, channels, channel_multipliers, num_res_blocks, z_channels,
                          (len(channel_multipliers) - 1,), beta)
-        self.quantizer.entropy = entropy  # type: ignore[assignment]
+        self.quantizer.entropy = entropy  # type: ignore[assignment]  # torch's stub: Tensor or Module
 
     def make_quantizer(self, codebook_size: int, embed_dim: int, beta: float, legacy: bool) -> nn.Module:
         return GradientVectorQuantizer(codebook_size, embed_dim, beta, normalize=True)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -295,7 +295,7 @@ def _to_srgb(colour: Image.Image, profile: bytes, notes: list[str]) -> Image.Ima
     return converted
 
 
-def _transformed(colour: Image.Image, source: object, target: object) -> Image.Image:
-    result = ImageCms.profileToProfile(colour, source, target, outputMode="RGB")  # type: ignore[arg-type]
+def _transformed(colour: Image.Image, source: Any, target: Any) -> Image.Image:
+    result = ImageCms.profileToProfile(colour, source, target, outputMode="RGB")
     assert result is not None  # it is None only for in-place conversions
     return result

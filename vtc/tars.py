@@ -27,7 +27,7 @@ class Header(tarfile.TarInfo):
 
     def _block(self, count: int) -> int:
         if count < 0:
-            raise tarfile.InvalidHeaderError("a negative size")  # type: ignore[attr-defined]
+            raise tarfile.InvalidHeaderError("a negative size")  # type: ignore[attr-defined]  # typeshed lacks it
         return -(-count // BLOCK) * BLOCK
 
 

@@ -89,7 +89,7 @@ class Task:
 
     def save(self, average: nn.Module, directory: Path) -> None:
         """Write the finished model."""
-        average.save_pretrained(directory)  # type: ignore[operator]
+        average.save_pretrained(directory)  # type: ignore[operator]  # torch's stub: Tensor or Module
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside players and optimizers: plain values and tensors."""

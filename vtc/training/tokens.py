@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,11 @@ class TokenGrids:
         lengths = {len(tokens) for tokens in self.tokens.values()}
         if lengths != {int(self.shapes.astype(np.int64).prod(1).sum())}:
             raise ConfigError(f"Grids of {len(self.shapes)} shapes do not have {lengths} tokens.")
-        object.__setattr__(self, "_starts", np.concatenate([[0], self.shapes.astype(np.int64).prod(1).cumsum()]))
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        """(N + 1,): where each grid's tokens start, and behind the last."""
+        return np.concatenate([[0], self.shapes.astype(np.int64).prod(1).cumsum()])
 
     def __len__(self) -> int:
         return len(self.shapes)
@@ -61,8 +66,7 @@ class TokenGrids:
 
     def grid(self, n: int, size: int) -> NDArray[np.int16]:
         """(rows, columns) of picture n in the codebook of `size` words."""
-        starts: NDArray[np.int64] = self._starts  # type: ignore[attr-defined]
-        return self.tokens[size][starts[n] : starts[n + 1]].reshape(self.shapes[n])
+        return self.tokens[size][self._starts[n] : self._starts[n + 1]].reshape(self.shapes[n])
 
     def mapped(self, source: int, maps: dict[int, Tensor]) -> TokenGrids:
         """With codebooks that are coarser than `source`: size -> (K,) new index of each word, as a family's `maps`."""
