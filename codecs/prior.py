@@ -110,6 +110,17 @@ class Layer:
         return out
 
 
+def read_prior(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a prior's file. ModelError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != FORMAT:
+                raise ModelError(f"{path} holds no prior of this version of vtc.")
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be read as a prior ({error}).") from error
+
+
 def exact_place(device: str | torch.device) -> tuple[torch.device, torch.dtype]:
     """The device and the type in which sums below 2^24 are exact: float32 on the CPU; float64 on CUDA, which might add
     in fewer bits than float32 has; for any other device the CPU, as Apple's and some of Intel's know no float64.
@@ -202,14 +213,7 @@ class TokenPrior:
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> TokenPrior:
         """The prior in a safetensors file. ModelError where it is none."""
-        try:
-            with safe_open(path, "pt") as file:
-                if (file.metadata() or {}).get("format") != FORMAT:
-                    raise ModelError(f"{path} holds no prior of this version of vtc.")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} cannot be read as a prior ({error}).") from error
-        return cls(tensors, device)
+        return cls(read_prior(path), device)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, device: str | torch.device = "cpu") -> TokenPrior:

@@ -4,8 +4,9 @@
         --work_dir runs/prior --output vtc/pretrained/localvq-f16-8192/prior.safetensors
 
 The photographs are encoded once and kept in the work folder. A run that was stopped goes on with
---resume_from_checkpoint latest. After a change of the model, --init_from runs/prior/checkpoint-3000 with a few hundred
-steps is enough, also where the codebooks have other sizes. Runs on the CPU: two hours of one thread are plenty.
+--resume_from_checkpoint latest. After a change of the model, --init_from with the earlier model's name, or with
+runs/prior/checkpoint-3000, and a few hundred steps are enough, also where the codebooks have other sizes. Runs on the
+CPU: two hours of one thread are plenty.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+from torch import Tensor
 
+from vtc import hub
+from vtc.codecs.prior import FILE, read_prior
 from vtc.errors import ConfigError
 from vtc.models import family_of, load_tokenizer
 from vtc.script import run_script
 from vtc.tokenizers.local_vq import LocalVQ
-from vtc.training.checkpoints import AVERAGE, read_checkpoint
+from vtc.training.checkpoints import AVERAGE, STATE, read_checkpoint
 from vtc.training.data import image_files
 from vtc.training.loop import (
     Loop,
@@ -31,7 +35,7 @@ from vtc.training.loop import (
     recipe_from,
     seed_everything,
 )
-from vtc.training.prior import GridCrops, PriorNetwork, PriorRecipe, PriorTask, save_prior
+from vtc.training.prior import GridCrops, PriorNetwork, PriorRecipe, PriorTask, save_prior, state_of
 from vtc.training.tokens import cached_grids
 
 
@@ -43,7 +47,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="the prior's file, *.safetensors")
     parser.add_argument("--views", type=int, default=4, help="times that each photograph is encoded, each time cut, "
                                                              "shrunk and mirrored otherwise")
-    parser.add_argument("--init_from", type=Path, help="checkpoint-N of an earlier run to start from")
+    parser.add_argument("--init_from", help="prior to start from: of a bundled name, a folder or a Hub repository, or "
+                                            "checkpoint-N of an earlier run")
     add_recipe_flags(parser, PriorRecipe, ("work_dir",))
     return parse_recipe_args(parser, arguments)
 
@@ -63,6 +68,13 @@ def members_of(name: str) -> list[LocalVQ]:
     return cast(list[LocalVQ], members)
 
 
+def earlier_state(name_or_path: str) -> dict[str, Tensor]:
+    """The network of a checkpoint, or of the finished prior beside a model."""
+    if Path(name_or_path, STATE).is_file():
+        return read_checkpoint(Path(name_or_path))[0].get(AVERAGE, {})
+    return state_of(read_prior(hub.fetch(name_or_path, FILE)))
+
+
 def train(args: argparse.Namespace) -> None:
     recipe = recipe_from(PriorRecipe, args)
     accelerator = make_accelerator(recipe, args.output_dir)
@@ -80,7 +92,7 @@ def train(args: argparse.Namespace) -> None:
     network = PriorNetwork(codebooks, recipe.width, recipe.depth, recipe.dim)
     counts = {size: np.bincount(views[0].tokens[size], minlength=size) for size in network.sizes}
     if args.init_from:
-        network.go_on_from(read_checkpoint(args.init_from)[0].get(AVERAGE, {}), counts)
+        network.go_on_from(earlier_state(args.init_from), counts)
     else:
         network.start_from(counts)
     task = PriorTask(network, recipe, validation)

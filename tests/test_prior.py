@@ -42,6 +42,7 @@ from vtc.training.prior import (
     PriorTask,
     _Bits,
     bits_per_token,
+    state_of,
     tensors_of,
     to_grid,
 )
@@ -470,6 +471,16 @@ def test_a_prior_goes_on_with_other_codebooks():
         earlier.go_on_from({}, {})
 
 
+def test_a_finished_prior_is_gone_on_from_to_the_bit():
+    whole = tensors_of(network())
+    later = PriorNetwork({size: whole[f"codes.{size}"] / 32 for size in (8, 64)}, width=24, depth=2, dim=12, levels=3,
+                         hidden=8)
+    later.go_on_from(state_of(whole), {size: np.full(size, 7) for size in later.sizes})
+    again = tensors_of(later)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in again.items())
+
+
 def grids(count: int, seed: int) -> TokenGrids:
     """Pictures of words 0 ... 7 or of words 8 ... 15, and so on: a neighbour tells three bits."""
     rng = np.random.default_rng(seed)
@@ -612,6 +623,8 @@ def test_the_script_trains_a_prior_that_the_codec_uses(photographs, tmp_path, ca
     assert row["prior_bytes"] == pytest.approx(np.mean([len(payload) for payload in learned]))
     assert "| 64 | " in capsys.readouterr().out
     assert train_prior.main([*arguments, "--max_train_steps", "2", "--init_from", str(work / "checkpoint-30")]) == 0
+    arguments[arguments.index(str(work))] = str(tmp_path / "again")
+    assert train_prior.main([*arguments, "--max_train_steps", "2", "--init_from", str(tmp_path / "model")]) == 0
     assert train_prior.main(["--model", "nothing", *arguments[2:]]) == 1
     assert "train_prior: " in capsys.readouterr().err
 

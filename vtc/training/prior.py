@@ -52,6 +52,9 @@ from vtc.training.tokens import TokenGrids
 
 #: fractional bits that a layer's weights may have: the shift is at least 1, and biases stay far below 2^24
 WEIGHT_BITS = (4, 12)
+#: those of the inputs and the outputs of each kind of layer
+LAYER_BITS = {"input": (CODE_BITS, TOTAL_BITS), "wide": (ACTIVATION_BITS, ACTIVATION_BITS),
+              "narrow": (ACTIVATION_BITS, TOTAL_BITS), "head": (ACTIVATION_BITS, FEATURE_BITS)}
 
 
 class _ToGrid(torch.autograd.Function):
@@ -160,13 +163,12 @@ class PriorNetwork(nn.Module):
         self.sizes, self.levels = tuple(sorted(codebooks)), levels
         code_dim = next(iter(codebooks.values())).shape[1]
         variants = {"steps": levels * STEPS, "codebooks": len(self.sizes)}
-        self.input = nn.ModuleList(RoundedConv((code_dim + 1) * (step + 1), width, 3, CODE_BITS, TOTAL_BITS, **variants)
+        self.input = nn.ModuleList(RoundedConv((code_dim + 1) * (step + 1), width, 3, *LAYER_BITS["input"], **variants)
                                    for step in range(STEPS))
-        self.wide = nn.ModuleList(RoundedConv(width, width, 3, ACTIVATION_BITS, ACTIVATION_BITS, **variants)
-                                  for _ in range(depth))
-        self.narrow = nn.ModuleList(RoundedConv(width, width, 1, ACTIVATION_BITS, TOTAL_BITS, **variants)
+        self.wide = nn.ModuleList(RoundedConv(width, width, 3, *LAYER_BITS["wide"], **variants) for _ in range(depth))
+        self.narrow = nn.ModuleList(RoundedConv(width, width, 1, *LAYER_BITS["narrow"], **variants)
                                     for _ in range(depth))
-        self.head = RoundedConv(width, dim, 1, ACTIVATION_BITS, FEATURE_BITS, **variants)
+        self.head = RoundedConv(width, dim, 1, *LAYER_BITS["head"], **variants)
         self.embed = nn.Sequential(nn.Linear(code_dim, hidden), nn.SiLU(), nn.Linear(hidden, dim))
         self.corrections = nn.ParameterDict({str(size): torch.zeros(size, dim) for size in self.sizes})
         self.word_bias = nn.ParameterDict({str(size): torch.zeros(size) for size in self.sizes})
@@ -185,10 +187,10 @@ class PriorNetwork(nn.Module):
 
     @torch.no_grad()
     def go_on_from(self, earlier: Mapping[str, Tensor], counts: dict[int, NDArray[np.int64]]) -> None:
-        """Start from the state dict of another network of these widths, whose codebooks may be others.
+        """Start from the state of another network of these widths, whose codebooks may be others.
 
-        A codebook starts as the earlier one of the nearest size, a word as the nearest word there. Words that share one
-        share its frequency, as their counts + 1/2 tell.
+        earlier: its state dict, or the `state_of` a finished prior. A codebook starts as the earlier one of the nearest
+        size, a word as the nearest word there. Words that share one share its frequency, as their counts + 1/2 tell.
         """
         sizes = sorted(int(name.removeprefix("codes_")) for name in earlier if name.startswith("codes_"))
         if not sizes:
@@ -204,6 +206,11 @@ class PriorNetwork(nn.Module):
             state[f"corrections.{size}"] = earlier[f"corrections.{of[size]}"][nearest]
             state[f"word_bias.{size}"] = earlier[f"word_bias.{of[size]}"][nearest] + torch.log2(share).float()
             state[f"codes_{size}"] = self.codes(size)
+        if not any(name.startswith("embed.") for name in earlier):  # E is all in the corrections
+            last = cast(nn.Linear, self.embed[-1])
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            state |= {f"embed.{name}": tensor for name, tensor in self.embed.state_dict().items()}
         try:
             self.load_state_dict(state)
         except RuntimeError as error:
@@ -273,6 +280,28 @@ def tensors_of(network: PriorNetwork) -> dict[str, Tensor]:
     exponents = torch.arange(OCTAVES * 2**OCTAVE_BITS, dtype=torch.float64)
     tensors["powers"] = torch.round(LARGEST_POWER * torch.exp2(-exponents / 2**OCTAVE_BITS)).to(torch.int32)
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def state_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `PriorNetwork.go_on_from` takes, of a finished prior's whole numbers; `tensors_of` gives them back."""
+    tables = {"codes": ("codes_", CODE_BITS), "words": ("corrections.", WORD_BITS),
+              "word_bias": ("word_bias.", LOGIT_BITS)}
+    state: dict[str, Tensor] = {}
+    for name, whole in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if layer in tables:
+            prefix, bits = tables[layer]
+            state[prefix + part] = whole * 2.0**-bits
+        elif part in ("weight", "steps", "sizes"):
+            in_bits, out_bits = LAYER_BITS[layer.partition(".")[0]]
+            shift = tensors[f"{layer}.shift"].float()
+            weight_bits = shift - in_bits + out_bits
+            if part == "weight":
+                state[name] = whole * torch.exp2(-weight_bits).view(-1, 1, 1, 1)
+            else:
+                half = torch.exp2(shift - 1) if part == "steps" else 0
+                state[name] = (whole - half) * torch.exp2(-weight_bits - in_bits)
+    return state
 
 
 @dataclass
