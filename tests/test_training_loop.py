@@ -191,6 +191,23 @@ def test_sigterm_and_ctrl_c_write_a_checkpoint_first(whole, tmp_path, request):
     assert_equal(tensors(whole), tensors(tmp_path))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_readers_alive(tmp_path, number):
+    """As `timeout` sends it: the step is ended with what they read, and a checkpoint is there."""
+    code = ("import os, signal, sys, time\nfrom pathlib import Path\nimport torch\n"
+            "from tests.test_training_loop import Reverse, loop_in\nfrom vtc.script import run_script\n"
+            "torch.set_num_threads(1)\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "class Told(Reverse):\n    def before_step(self, step):\n"
+            f"        step == 12 and (os.killpg(0, {int(number)}), time.sleep(1))\n"
+            "loop = loop_in(Path(sys.argv[1]), task=Told(), dataloader_num_workers=2)\n"
+            "sys.exit(run_script(lambda: loop.run(None), 'x'))\n")
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True,
+                           text=True, start_new_session=True)
+    assert ended.returncode == 128 + number, ended.stderr
+    assert "stopped at step 13 of 20, with a checkpoint" in ended.stderr
+    assert (tmp_path / "checkpoint-13").is_dir()
+
+
 def test_workers_change_nothing(whole, tmp_path):
     loop_in(tmp_path, dataloader_num_workers=2).train()
     assert_equal(tensors(whole), tensors(tmp_path))

@@ -85,6 +85,8 @@ __all__ = ["Loop", "Recipe", "Stopped", "Task", "add_recipe_flags", "flag", "mak
 LOG, VALIDATION = "train.jsonl", "validation.jsonl"
 #: steps in a row that may have no finite loss in float16, where the loss scale is still being found
 FP16_PATIENCE = 20
+#: seconds that a process which reads data goes on after SIGTERM
+READER_PATIENCE = 120
 
 
 class Stopped(TrainingError):
@@ -411,7 +413,7 @@ class Loop:
         return DataLoader(dataset, num_workers=workers, prefetch_factor=4 if workers else None,
                           pin_memory=self.accelerator.device.type == "cuda",
                           generator=torch.Generator().manual_seed(recipe.seed),  # workers draw nothing from the step's
-                          collate_fn=getattr(dataset, "collate", None),
+                          collate_fn=getattr(dataset, "collate", None), worker_init_fn=_outlive_signals,
                           **({"batch_size": None, "sampler": numbers} if whole else {"batch_sampler": numbers}))
 
     # ---- watching ---------------------------------------------------------------------------------------------------
@@ -681,6 +683,17 @@ def _original(error: BaseException) -> str:
     """What a worker said, without the traceback that the loader puts before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1].partition("Error: ")[2] or lines[-1] if lines else type(error).__name__
+
+
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole process group, as a terminal, `timeout` or a batch system sends it, is for the run, which
+    still has a step to end and a checkpoint to write: a process that reads data goes on for READER_PATIENCE seconds.
+    """
+    def later(number: int, frame: FrameType | None) -> None:
+        signal.alarm(READER_PATIENCE)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, later)
 
 
 def _dead_worker(error: Exception, position: int) -> str:
