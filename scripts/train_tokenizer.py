@@ -53,10 +53,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     return parse_recipe_args(parser, arguments)
 
 
-def started_from(name_or_path: str, codebook_size: int | None, crops: RandomCrops) -> Tokenizer:
+def started_from(name_or_path: str, codebook_size: int | None, crops: RandomCrops | None) -> Tokenizer:
     """A finished model, ready to be trained on; a LocalVQ with a codebook of `codebook_size` words.
 
-    crops: of the training pictures, where the words are to become more.
+    crops: of the training pictures, where the words are to become more; None: they come from a checkpoint.
     """
     from vtc.models import load_tokenizer
     from vtc.tokenizers.local_vq import LocalVQ
@@ -81,12 +81,17 @@ def clustered(model: LocalVQ, codebook_size: int) -> LocalVQ:
     return with_codebook(model, family.codebooks[codebook_size], family.maps[codebook_size]).train()
 
 
-def grown(model: LocalVQ, codebook_size: int, crops: RandomCrops, share: int = 24) -> LocalVQ:
-    """The model with `codebook_size` words, K-means centres of about `share` latents of training pictures each."""
+def grown(model: LocalVQ, codebook_size: int, crops: RandomCrops | None, share: int = 24) -> LocalVQ:
+    """The model with `codebook_size` words, K-means centres of about `share` latents of training pictures each; zeros
+    where there are no pictures.
+    """
     import torch
 
     from vtc.tokenizers.codebook_clustering import with_codebook
 
+    larger = with_codebook(model, model.quantizer.codebook.new_zeros(codebook_size, model.quantizer.dim)).train()
+    if crops is None:
+        return larger
     latents: list[Tensor] = []
     found = 0
     with torch.no_grad():
@@ -94,9 +99,8 @@ def grown(model: LocalVQ, codebook_size: int, crops: RandomCrops, share: int = 2
             z = model.latents(crops[len(latents)][None].float() / 255)
             latents.append(z.flatten(2)[0].T)
             found += len(latents[-1])
-    larger = with_codebook(model, model.quantizer.codebook.new_zeros(codebook_size, model.quantizer.dim))
     larger.quantizer.start_from(torch.cat(latents), torch.Generator().manual_seed(crops.seed))
-    return larger.train()
+    return larger
 
 
 def networks_taken(model: Tokenizer, name_or_path: str) -> Tokenizer:
@@ -114,8 +118,10 @@ def networks_taken(model: Tokenizer, name_or_path: str) -> Tokenizer:
     return model
 
 
-def model_of(args: argparse.Namespace, crops: RandomCrops) -> Tokenizer:
-    """The model that the flags ask for; `crops` are those that it will be trained on."""
+def model_of(args: argparse.Namespace, crops: RandomCrops | None) -> Tokenizer:
+    """The model that the flags ask for; `crops` are those that it will be trained on, None where a checkpoint is to
+    bring its weights.
+    """
     from vtc.tokenizers.composed import compose
     from vtc.training.tokenizer import make_tokenizer
 
@@ -139,6 +145,7 @@ def model_of(args: argparse.Namespace, crops: RandomCrops) -> Tokenizer:
 
 def train(args: argparse.Namespace) -> None:
     from vtc.tokenizers.lpips import LPIPS
+    from vtc.training.checkpoints import find_checkpoint
     from vtc.training.data import RandomCrops
     from vtc.training.loop import Loop, make_accelerator, seed_everything
     from vtc.training.tokenizer import TokenizerTask
@@ -150,7 +157,8 @@ def train(args: argparse.Namespace) -> None:
     accelerator = make_accelerator(recipe, args.output_dir)
     seed_everything(recipe.seed)
     crops = RandomCrops(pictures_of(args), recipe.resolution, recipe.seed, recipe.min_scale)
-    model = model_of(args, crops)
+    goes_on = args.resume_from_checkpoint and find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    model = model_of(args, None if goes_on else crops)
     validation = validation_of(args, recipe.validation_limit, accelerator.device)
     perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
         recipe.perceptual_weight) else None

@@ -375,6 +375,7 @@ def test_a_finished_model_starts_the_next_with_fewer_or_more_words(photographs, 
     assert errors[0] < 0.5 * errors[1]  # they are words of the pictures; the others were random
     again = script.started_from(str(tmp_path), 24, crops)
     assert torch.equal(larger.quantizer.codebook, again.quantizer.codebook)
+    assert not script.started_from(str(tmp_path), 24, None).quantizer.codebook.any()  # a checkpoint brings them
 
 
 def test_the_networks_of_a_finished_model_get_a_quantizer_of_other_scales(photographs, tmp_path):  # noqa: F811
