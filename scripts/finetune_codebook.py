@@ -114,6 +114,7 @@ def tuned_members(args: argparse.Namespace, recipe: CodebookRecipe, base: LocalV
         member = start_member(base, clustered.codebooks[size], larger)
         finished = args.output_dir / f"member_{size}.safetensors"
         tensors = finished_tensors(finished, identity)
+        accelerator.wait_for_everyone()  # all have looked before the first one writes
         if tensors is not None:
             member.load_state_dict(tensors)
         else:

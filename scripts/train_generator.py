@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from vtc.errors import ConfigError
-from vtc.generators.infinity import Infinity
+from vtc.generators.infinity import SCALES_OF_SIZE, Infinity, scales_for
 from vtc.generators.llamagen import LlamaGen
 from vtc.generators.pretrained import GenerationConfig
 from vtc.generators.sampling import Guidance, Sampling
@@ -90,7 +90,7 @@ def shards(args: argparse.Namespace, tokenizer: Tokenizer, accelerator: Any,
         raise ConfigError("Give pictures with --train_data_dir, or their tokens with --tokens.")
     found: list[TokenShards] = []
     images = labelled_images(args.train_data_dir)
-    for split, pictures in (("train", images), ("val", held_out(args.train_data_dir))):
+    for split, pictures in (("train", images), ("val", held_out(args.train_data_dir, images.classes))):
         if pictures is not None:
             folder = args.output_dir / "tokens" / split
             tokenizer.to(accelerator.device).eval()
@@ -102,14 +102,26 @@ def shards(args: argparse.Namespace, tokenizer: Tokenizer, accelerator: Any,
     return found[0], found[1] if len(found) > 1 else None, images.classes
 
 
-def held_out(path: Path) -> LabelledImages | None:
-    """The pictures of the split "val", where there is one."""
-    return labelled_images(path, "val") if path.is_file() or (path / "val").is_dir() else None
+def held_out(path: Path, classes: tuple[str, ...]) -> LabelledImages | None:
+    """The pictures of the split "val", where there is one. ConfigError where its classes, which are numbered by their
+    names, are not those of the training pictures.
+    """
+    if not path.is_file() and not (path / "val").is_dir():
+        return None
+    images = labelled_images(path, "val")
+    if images.classes != classes:
+        raise ConfigError(f"The classes of train and val in {path} differ: {len(classes)} and {len(images.classes)}; "
+                          "their folders must have the same names.")
+    return images
 
 
 def token_task(args: argparse.Namespace, recipe: GeneratorRecipe, tokenizer: Tokenizer, config: dict[str, Any],
                accelerator: Any) -> tuple[GeneratorTask, TrainingTokens]:
     """VAR and the raster model."""
+    side = resolution_of(args, tokenizer)
+    layout = tokenizer.layout(side, side)
+    if len(layout.vocab) > 1 or (args.kind == "llamagen" and len(layout.scales) > 1):
+        raise ConfigError(f"--kind {args.kind} cannot draw the tokens of a {type(tokenizer).__name__}.")
     train, validation, names = shards(args, tokenizer, accelerator)
     classes = len(names) or args.classes or int(train.labels.max()) + 1
     (vocab,) = tokenizer.vocab if isinstance(tokenizer, MultiScaleTokenizer) else train.facts.layout.vocab
@@ -138,14 +150,24 @@ def infinity_task(args: argparse.Namespace, recipe: GeneratorRecipe, tokenizer: 
                           "--text_features.")
     images, side = labelled_images(args.train_data_dir), resolution_of(args, tokenizer)
     texts = TextFeatures(args.text_features, len(images), len(images.classes))
-    scales = tokenizer.scales(side, side)
     model = Infinity.from_pretrained(args.init_from) if args.init_from else Infinity(
         args.depth, args.width, args.heads, bits=tokenizer.quantizer.dim, text_width=texts.features.shape[2],
-        text_tokens=texts.features.shape[1], levels=max(15, len(scales)), chunks=1)
-    held = held_out(args.train_data_dir) if texts.by_class else None
+        text_tokens=texts.features.shape[1], levels=15, chunks=1)
+    size = drawn_size(side, tokenizer.downsample * model.patch)
+    held = held_out(args.train_data_dir, images.classes) if texts.by_class else None
     validation = [] if held is None else batches(held, texts, side, recipe)
-    return (InfinityTask(model.train(), tokenizer, recipe, scales, validation, GenerationConfig(**config)),
+    return (InfinityTask(model.train(), tokenizer, recipe, scales_for(1.0, size), validation,
+                         GenerationConfig(**config, size=size)),
             TrainingPictures(images, texts, side, recipe.seed, flip=args.views != "center"))
+
+
+def drawn_size(side: int, stride: int) -> str:
+    """The size whose squares have `side` pixels, `stride` a cell: what is trained is what will be drawn."""
+    sizes = {scales_for(1.0, size)[-1][0] * stride: size for size in SCALES_OF_SIZE}
+    if side not in sizes:
+        known = ", ".join(map(str, sizes))
+        raise ConfigError(f"Infinity draws squares of {known} pixels with this tokenizer, and --resolution is {side}.")
+    return sizes[side]
 
 
 def batches(images: LabelledImages, texts: TextFeatures, side: int, recipe: GeneratorRecipe) -> list[Any]:

@@ -27,6 +27,20 @@ def png(value: int, width: int = 40, height: int = 30) -> bytes:
     return stream.getvalue()
 
 
+def test_training_sees_pictures_as_everything_else_does(tmp_path):
+    """Upright, and 16 bits of grey as grey."""
+    sideways = Image.new("RGB", (40, 30), (200, 0, 0))
+    sideways.paste((0, 0, 200), (0, 0, 20, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    sideways.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    Image.fromarray(np.full((30, 40), 32768, dtype=np.uint16)).save(tmp_path / "b.png")
+    crops = [RandomCrops([tmp_path / name], 30, 0, min_scale=1) for name in ("a.jpg", "b.png")]
+    turned = crops[0][0].float()
+    assert turned[2, :8].mean() > 150 > 60 > turned[2, -8:].mean()  # blue above red, no longer beside it
+    assert abs(crops[1][0].float().mean() - 128) < 2
+
+
 @pytest.fixture
 def photographs(tmp_path):
     """Four pictures of noise with an edge; one smaller than the crop."""

@@ -34,6 +34,8 @@ from vtc.training.loop import Loop
 from vtc.training.token_shards import TokenShards, TrainingTokens
 from vtc.training.tokenizing import DatasetTokenizer
 
+script = import_module("scripts.train_generator")
+
 SIDES = (1, 2, 4)
 
 
@@ -210,7 +212,6 @@ def test_labels_are_dropped_at_their_share(pack, tmp_path, text_file):
 
 
 def test_the_script_trains_from_pictures_to_a_folder_that_draws(pack, tmp_path):
-    script = import_module("scripts.train_generator")
     pyramid().save_pretrained(tmp_path / "tokenizer")
     script.main(["--tokenizer", str(tmp_path / "tokenizer"), "--train_data_dir", str(pack), "--depth", "1", "--width",
                  "16", "--heads", "2", "--output_dir", str(tmp_path / "run"), "--max_train_steps", "2",
@@ -237,6 +238,34 @@ def test_mistakes_are_said(pack, tmp_path, text_file):
         recipe(1, class_dropout=1.5)
     with pytest.raises(ConfigError, match="short_scales"):
         build("var", pack, tmp_path, text_file, recipe(1, short_scales=4))
+
+
+def test_infinity_is_trained_on_the_grids_that_it_will_draw():
+    assert [script.drawn_size(side, 16) for side in (256, 512, 1024)] == ["0.06M", "0.25M", "1M"]
+    assert script.drawn_size(1024, 8 * 2) == "1M"  # patches of 2 x 2 cells
+    with pytest.raises(ConfigError, match="squares of 256, 512, 768, 1024 pixels"):
+        script.drawn_size(300, 16)
+
+
+def test_classes_of_train_and_val_have_the_same_names(tmp_path):
+    for split, names in (("train", ("ant", "cat", "dog")), ("val", ("cat", "dog"))):
+        for name in names:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
+    with pytest.raises(ConfigError, match="3 and 2; their folders"):
+        script.held_out(tmp_path, labelled_images(tmp_path).classes)
+
+
+def test_a_broken_picture_of_an_infinity_run_is_named_and_skipped(tmp_path, text_file, caplog):
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for n in range(2):
+            Image.new("RGB", (32, 32), (90 * n, 60, 30)).save(tmp_path / "train" / name / f"{n}.png")
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"no picture")
+    images = labelled_images(tmp_path)
+    pictures = TrainingPictures(images, TextFeatures(text_file, len(images), 2), 32, flip=False)
+    assert all(pictures[n][0].shape == (3, 32, 32) for n in range(8))
+    assert "Picture 1 is skipped" in caplog.text
 
 
 def test_class_folders_and_a_pack_give_the_same_pictures(pack, tmp_path):

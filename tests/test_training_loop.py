@@ -208,6 +208,23 @@ def test_a_signal_to_the_whole_group_leaves_the_readers_alive(tmp_path, number):
     assert (tmp_path / "checkpoint-13").is_dir()
 
 
+def test_a_resumed_run_follows_the_settings_that_changed(tmp_path):
+    loop_in(tmp_path).train(stop_at=8)
+    loop = loop_in(tmp_path, weight_decay=0.5, adam_beta2=0.7)
+    loop.resume("latest")
+    groups = [group for optimizer in loop.optimizers.values() for group in optimizer.param_groups]
+    assert all(group["betas"][1] == 0.7 for group in groups) and any(group["weight_decay"] == 0.5 for group in groups)
+
+
+def test_a_run_that_starts_anew_forgets_the_lines_of_one_that_was_killed(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"step": 4}\n{"st')
+    loop = loop_in(tmp_path)
+    assert not loop.resume("latest")
+    loop.train()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 20
+
+
 def test_workers_change_nothing(whole, tmp_path):
     loop_in(tmp_path, dataloader_num_workers=2).train()
     assert_equal(tensors(whole), tensors(tmp_path))

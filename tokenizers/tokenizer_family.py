@@ -1,9 +1,10 @@
 """One tokenizer at several rates: a base model, and the few tensors in which each smaller member differs from it.
 
-    image -> encoder trunk -> conv 1x1* -> nearest of S codewords* -> conv 1x1* -> decoder trunk -> image   * its own
+    image -> encoder -> nearest of S codewords* -> decoder, of which entry, scales and biases* -> image   * its own
 
-The trunks are the base's, so a member of S words costs 32 S + 18,784 numbers with the bundled model, and ten of them
-0.9 MiB. A member is a tokenizer like any other: its own number, fingerprint and entropy-coding table.
+The rest is the base's, so a member of S words costs 33 S numbers with the bundled model, 19,107 more where its decoder
+was tuned, and ten of them 0.6 MiB. A member is a tokenizer like any other: its own number, fingerprint and
+entropy-coding table.
 
     family = TokenizerFamily.load("family.safetensors")
     small = family.member(base, 64)
@@ -74,7 +75,7 @@ class TokenizerFamily:
     """The members of a base model.
 
     members: S -> the tensors that member S has instead of the base's, by their names in its state dict; always
-        `quantizer.codebook` (S, d) and `token_frequencies` (1, S), and the projections that were fine-tuned.
+        `quantizer.codebook` (S, d) and `token_frequencies` (1, S), and what of the decoder was fine-tuned.
     about: the base's fingerprint and the members'.
     """
 

@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--resilience", type=_chunks, default=0, metavar="N",
                       help="interleave the tokens over N chunks that are decoded alone, so that damage costs only what "
-                           "it hits; 8 cost some three per cent")
+                           "it hits; without the learned prior, so a file is about half as large again")
     form.add_argument("--progressive", action="store_true",
                       help="order the tokens so that a cut file is a coarser picture; for models of several scales")
     return parser

@@ -9,6 +9,7 @@ the longest. The script `scripts/finetune_codebook.py` holds the flags.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vtc.codecs.entropy import frequencies_from_counts
+from vtc.errors import VtcError, first_sentence
 from vtc.images import load_image
 from vtc.tokenizers.codebook_clustering import with_codebook
 from vtc.tokenizers.codebook_finetuning import CodebookFinetuning
@@ -30,6 +32,8 @@ from vtc.training.loop import Loop
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 def own_parameters(model: LocalVQ) -> tuple[str, ...]:
@@ -54,7 +58,7 @@ class CodebookRecipe(Recipe):
     ema_decay: float = flag(0.0, "of an average of the weights; 0: none")
     mixed_precision: str = flag("bf16", "type of the forward pass; fp16 needs a GPU", ("no", "bf16", "fp16"))
     perceptual_weight: float = flag(1.0, "of LPIPS beside L1 of images in [-1, 1], as in VQGAN; the bundled base was "
-                                         "trained with 2/3")
+                                         "trained with 2")
     checkpointing_steps: int = flag(50, "steps between checkpoints of the member that is trained")
 
     def steps(self, size: int) -> int:
@@ -104,7 +108,9 @@ def finetune(member: LocalVQ, recipe: CodebookRecipe, accelerator: Accelerator, 
     task = MemberTask(member, recipe, perceptual)
     loop = Loop(task, replace(recipe, max_train_steps=steps), accelerator, crops, output_dir)
     loop.resume("latest")
-    loop.train()
+    average = loop.train()
+    if average is not member:
+        member.load_state_dict(average.state_dict())
     member.requires_grad_(True).cpu().eval()
 
 
@@ -114,7 +120,11 @@ def count_words(members: dict[int, LocalVQ], files: Sequence[Path]) -> dict[int,
     counts = {size: np.zeros(size, dtype=np.int64) for size in members}
     encoder = next(iter(members.values()))
     for file in tqdm(files, desc="counting", unit="image"):
-        latents = encoder.latents(load_image(file).tensor()[None])
+        try:
+            latents = encoder.latents(load_image(file).tensor()[None])
+        except VtcError as error:
+            log.warning("%s is not counted: %s.", file, first_sentence(error))
+            continue
         for size, member in members.items():
             indices = member.quantizer(latents).indices
             counts[size] += np.bincount(indices.flatten().numpy(), minlength=size)

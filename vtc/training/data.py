@@ -6,7 +6,6 @@ stops and resumes sees exactly the samples it would have seen, without reading t
 
 from __future__ import annotations
 
-import io
 import logging
 import multiprocessing
 from collections.abc import Sequence
@@ -110,8 +109,7 @@ class RandomCrops(Dataset[Tensor]):
             key = f"picture {number}"
             try:
                 key, _, file = self.pictures.read(number)
-                with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
-                    return opened.convert("RGB")
+                return Image.fromarray(load_image(file, name=key).pixels)  # upright, in sRGB, on white: as all else
             except MemoryError:
                 raise
             except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...

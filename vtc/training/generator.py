@@ -11,6 +11,7 @@ so its pictures are encoded in each step. The script is `scripts/train_generator
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vtc.errors import ConfigError, ModelError
+from vtc.errors import ConfigError, ModelError, TrainingError, VtcError, first_sentence
 from vtc.generators import infinity, llamagen, var
 from vtc.generators.blocks import FeedForward, SelfAttention
 from vtc.generators.patches import cells_of, fold
@@ -33,10 +34,13 @@ from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.layers import MultiScaleTokenizer
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer
+from vtc.training.data import PATIENCE
 from vtc.training.labelled import LabelledImages
 from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
 from vtc.training.token_shards import TokenShards
+
+log = logging.getLogger(__name__)
 
 #: parts of names of weights that are tables, positions or factors: weight decay would only pull them to nothing
 _NOT_DECAYED = ("position", "start", "level", "log_scale", "offsets", "query", "no_text")
@@ -256,11 +260,22 @@ class TrainingPictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         epoch, place = divmod(n, len(self.images))
-        number = int(np.random.default_rng((self.seed, epoch)).permutation(len(self.images))[place])
-        pixels = self.images.picture(number, self.resolution)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
+        number, pixels = self._read(np.roll(order, -place)[:PATIENCE].tolist())
         if self.flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             pixels = pixels.flip(-1)
         return pixels, *self.texts.of(number, int(self.images.labels[number]))
+
+
+    def _read(self, numbers: list[int]) -> tuple[int, Tensor]:
+        """The first of these pictures that can be read; the broken ones before it are named."""
+        for number in numbers:
+            try:
+                return number, self.images.picture(number, self.resolution)
+            except VtcError as error:
+                log.warning("Picture %d is skipped: %s.", number, first_sentence(error))
+        raise TrainingError(f"{len(numbers)} pictures in a row cannot be read, the last one is number {numbers[-1]}: "
+                            "look at the data.")
 
 
 class InfinityTask(GeneratorTask):
@@ -306,6 +321,7 @@ class InfinityTask(GeneratorTask):
     def validate(self, average: nn.Module, step: int) -> dict[str, float]:
         """Cross-entropy a bit, in nats (0.693 is a coin), and the share of bits that are right."""
         losses, right = [], []
+        torch.manual_seed(0)  # the next step has a seed of its own
         device = next(average.parameters()).device
         for pixels, text, mask in self.validation:
             inputs, targets = self.noisy(pixels.to(device))

@@ -42,11 +42,12 @@ from accelerate.utils import (
     is_wandb_available,
     send_to_device,
 )
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from vtc.errors import ConfigError, FileError, TrainingError, VtcError, first_sentence
+from vtc.errors import ConfigError, TrainingError, VtcError, first_sentence
 from vtc.files import write_file
 from vtc.images import save_image
 from vtc.tokenizers.ranks import from_first_rank, is_parallel, mean_over_ranks
@@ -246,7 +247,7 @@ class Loop:
         if self.accelerator.is_main_process:
             try:
                 self.task.save(self._unsharded or average, self.output_dir / "model")
-            except OSError as error:
+            except (OSError, SafetensorError) as error:
                 raise TrainingError(not_written("The finished model", self.output_dir, error)) from error
         self.accelerator.wait_for_everyone()
         return average
@@ -289,6 +290,10 @@ class Loop:
                 raise TrainingError(_dead_worker(error, self.position)) from error
             if recipe.compile and type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
                 raise TrainingError(f"torch.compile failed: {first_sentence(error)}; leave --compile out.") from error
+            if isinstance(error, torch.OutOfMemoryError):
+                raise TrainingError(f"The device has too little memory for step {self.step}: take a smaller "
+                                    "--train_batch_size with more --gradient_accumulation_steps, or "
+                                    "--gradient_checkpointing.") from error
             raise
         finally:
             batches.close()
@@ -300,6 +305,7 @@ class Loop:
     def _one_step(self, batches: Iterator[Any]) -> None:
         recipe, task = self.recipe, self.task
         parts, terms_of_step = recipe.gradient_accumulation_steps, dict[str, Tensor]()
+        seed_everything(recipe.seed, self.step)
         task.before_step(self.step)
         active: list[str] = []
         for part in range(parts):
@@ -524,15 +530,15 @@ class Loop:
 
     def _describe(self) -> None:
         """What this run is, beside its results."""
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         if not self.step and all_checkpoints(self.output_dir):
             self._say(f"{self.output_dir} has checkpoints of an earlier run, which this one will replace by and by; to "
                       "go on with that one, stop and give --resume_from_checkpoint latest.")
         try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
             write_file(self.output_dir / "recipe.json", json.dumps(asdict(self.recipe), indent=1).encode() + b"\n")
             facts = {**versions(), "device": str(self.accelerator.device), "processes": self.ranks}
             write_file(self.output_dir / "versions.json", json.dumps(facts, indent=1).encode() + b"\n")
-        except FileError as error:
+        except OSError as error:
             raise TrainingError(not_written("The recipe", self.output_dir, error)) from error
         if self.accelerator.log_with and not self.accelerator.trackers:
             config = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.recipe).items()}
@@ -566,6 +572,9 @@ class Loop:
         """
         path = find_checkpoint(self.output_dir, wanted)
         if path is None:
+            if self.accelerator.is_main_process:
+                for log in (LOG, VALIDATION):  # of a run that was killed before its first one
+                    forget_after(self.output_dir / log, 0)
             self._say(f"There is no checkpoint in {self.output_dir} yet: the run starts at step 0.")
             return False
         modules, training, state = read_checkpoint(path)
@@ -579,7 +588,10 @@ class Loop:
             set_tensors(player, modules[name], f"{path.name}/{name}")
             try:
                 optimizer = self.optimizers[name]
+                settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
                 optimizer.load_state_dict(cut_state(optimizer, training["optimizers"][name]))
+                for group, now in zip(optimizer.param_groups, settings, strict=True):
+                    group.update(now)  # the checkpoint's would come back: betas, decays, shares of the learning rate
             except (ValueError, KeyError) as error:
                 raise TrainingError(f"The optimizer of {name!r} in {path} is of another model: {error}.") from error
         if self.average is not None:

@@ -383,7 +383,7 @@ class PriorTask(Task):
 
     def losses(self, player: str, batch: tuple[Tensor, int], step: int) -> dict[str, Tensor]:
         indices, size = batch
-        return {f"bits_{size}": self.network(indices, size)}
+        return {"bits": self.network(indices, size)}  # one name: ranks and parts have codebooks of different sizes
 
     def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}

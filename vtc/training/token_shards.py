@@ -233,7 +233,7 @@ class ShardWriter:
 
 def _record(sample: Sample) -> bytes:
     key = sample.key.encode("utf-8", "surrogateescape")
-    data = sample.problem.encode() if sample.indices is None else sample.indices.tobytes()
+    data = sample.problem.encode("utf-8", "surrogateescape") if sample.indices is None else sample.indices.tobytes()
     record = _HEAD.pack(sample.indices is not None, sample.label, len(key), len(data)) + key + data
     return record + _CHECK.pack(zlib.crc32(record))
 
@@ -252,7 +252,8 @@ def _records(data: bytes, facts: TokenSet) -> Iterator[tuple[Sample, int]]:
             indices = np.frombuffer(data[middle:end], facts.dtype).reshape(facts.shape)
             yield Sample(key, label, indices), end + _CHECK.size - start
         else:
-            yield Sample(key, label, None, data[middle:end].decode()), end + _CHECK.size - start
+            problem = data[middle:end].decode("utf-8", "surrogateescape")
+            yield Sample(key, label, None, problem), end + _CHECK.size - start
         start = end + _CHECK.size
 
 

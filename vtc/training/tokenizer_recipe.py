@@ -10,7 +10,7 @@ from vtc.training.recipe import Recipe, flag
 
 @dataclass
 class TokenizerRecipe(Recipe):
-    """Hyper-parameters of one run; the defaults are those of the bundled LocalVQ."""
+    """Hyper-parameters of one run; the defaults are those of the first LocalVQ that was bundled."""
 
     resolution: int = flag(224, "side of the square crops")
     min_scale: float = flag(0.6, "photographs are shrunk by a factor from this to 1 before they are cut")

@@ -168,7 +168,7 @@ def cached_grids(folder: str | Path, members: Sequence[LocalVQ], files: Sequence
     found = []
     for view in range(views):
         path = folder / f"view-{view:03}.safetensors"
-        facts = {"seed": str(seed), "files": json.dumps([f.name for f in files]),
+        facts = {"seed": str(seed), "files": json.dumps([f"{f.name} {f.stat().st_size}" for f in files]),
                  **({"type": "bfloat16"} if bfloat16 else {})}
         if path.is_file():
             grids, theirs = TokenGrids.load(path)
