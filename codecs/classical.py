@@ -118,6 +118,8 @@ def _search_quality(codec: str, image: Image.Image, max_bytes: int) -> tuple[flo
 
 def _search_ratio(codec: str, image: Image.Image, max_bytes: int, steps: int = 8) -> tuple[float, bytes] | None:
     """Bisection over the logarithm of JPEG 2000's ratio: its own rate control misses tiny sizes by a few bytes."""
+    if max_bytes < 1:
+        return None
     encode = ENCODERS[codec][0]
     raw = 3 * image.width * image.height
     best = None

@@ -217,7 +217,7 @@ class LatentCodec(nn.Module, PretrainedMixin):
 
     def latents(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to latents (B, C, h, w), h and w multiples of 4: the last ones are repeated."""
-        values = self._model.encode(images.to(self.hyperprior.log_gain.device)).values
+        values = self._model.encode(images.to(self.hyperprior.log_gain)).values
         rows, columns = values.shape[-2:]
         return F.pad(values, (0, -columns % HYPER_STRIDE, 0, -rows % HYPER_STRIDE), mode="replicate")
 

@@ -265,11 +265,12 @@ class Infinity(nn.Module, PretrainedMixin):
             raise ConfigError(f"This Infinity knows {self.level.num_embeddings} scales, not {len(scales)}.")
         schedule = self.schedule(scales)
         cache = KVCache(schedule) if cache is None else cache
+        text = text.to(self.start.dtype)
         condition = self.condition(*(self.guided(text, mask) if guidance.active else (text, mask)))
         cos, sin = rotation(scales, frame_of(scales), schedule.head_dim, text.device)
 
         def step(codes: Tensor | None, cache: KVCache, number: int) -> Tensor:
-            x = condition.start if codes is None else self.word(codes)
+            x = condition.start if codes is None else self.word(codes.to(self.start.dtype))
             first = 0 if compat == "upstream" else schedule.starts[number]
             here = slice(first, first + schedule.tokens(number))
             return self.logits(x, self.level.weight[number], condition,

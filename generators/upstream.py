@@ -89,7 +89,8 @@ def _llamagen(tensors: StateDict) -> tuple[StateDict, dict[str, Any]]:
              (r"\.feed_forward\.w2\.", ".mlp.down.")]
     ours = renamed(tensors, rules)
     codebook_size, width = ours["word.weight"].shape
-    return ours, {"depth": count(ours, r"blocks\.(\d+)\."), "width": width, "heads": width // 64,
+    return ours, {"depth": count(ours, r"blocks\.(\d+)\."), "width": width, "side": None,  # of 384 px 24, of 256 px 16
+                  "heads": 32 if width in (3200, 4096) else width // 64,  # GPT-3B and GPT-7B; the others have 64 a head
                   "hidden": ours["blocks.0.mlp.gate.weight"].shape[0],
                   "classes": ours["class_embedding.weight"].shape[0] - 1, "codebook_size": codebook_size}
 

@@ -140,7 +140,7 @@ class VAR(nn.Module, PretrainedMixin):
             return self.class_embedding(labels)[:, None] + self.start + place
         if codes is None or codes.shape[1:] != (place.shape[1], self.code_dim):
             raise ConfigError(f"Scale {step + 1} reads codes of shape (B, {place.shape[1]}, {self.code_dim}).")
-        return self.word(codes) + place
+        return self.word(codes.to(self.start.dtype)) + place
 
     def logits(self, x: Tensor, modulation: Modulation, attend: Attend) -> Tensor:
         """(B, n, C) inputs to (B, n, V) float32 logits."""

@@ -36,6 +36,7 @@ def test_more_bytes_are_used(codec):
 
 def test_what_does_not_fit_is_none():
     assert encode_within("jpeg", picture(), 100) is None
+    assert encode_within("jpeg2000", picture(), 0) is None
 
 
 def test_unknown_codecs_are_refused():

@@ -87,6 +87,8 @@ def test_checkpoints_are_strict_and_misfits_are_named(found: Fixture, model: Lla
     weights = found.weights("model.")
     with pytest.raises(ModelError, match=r"lacks norm\.weight"):
         from_state_dict({k: v for k, v in weights.items() if k != "norm.weight"}, heads=4, side=4)
+    with pytest.raises(ModelError, match="does not tell LlamaGen's side"):
+        from_state_dict(weights, heads=4)
     with pytest.raises(ConfigError, match="This generator draws"):
         model.generate(found["cond"].long(), tokenizer(32))
     with pytest.raises(ConfigError, match="Labels are"):

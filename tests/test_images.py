@@ -16,6 +16,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from vtc.errors import FileError, ImageError
+from vtc.files import read_file, write_file
 from vtc.images import load_image, save_image, to_tensor, to_uint8
 
 
@@ -347,3 +348,22 @@ def test_mode_bits_and_links(tmp_path: Path) -> None:
         os.umask(old)
     assert (tmp_path / "link.png").is_symlink()
     assert stat.S_IMODE((tmp_path / "real.png").stat().st_mode) == 0o640
+
+
+def test_a_descriptor_is_written_to_and_a_file_may_be_called_stdin(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """/dev/stdout in a pipe is a link to what is no path."""
+    read, write = os.pipe()
+    write_file(f"/dev/fd/{write}", b"abc")
+    assert os.read(read, 9) == b"abc"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdin").write_bytes(b"a file")
+    assert read_file("stdin") == b"a file"
+
+
+def test_the_pages_of_a_tiff_are_not_counted() -> None:
+    pages = [Image.new("L", (2, 2), n) for n in range(3)]
+    stream = io.BytesIO()
+    pages[0].save(stream, "TIFF", save_all=True, append_images=pages[1:])
+    assert load_image(stream.getvalue()).notes == ("took the first of several frames",)
+    assert load_image(file_of(pages[0], "TIFF")).notes == ()

@@ -204,6 +204,11 @@ def test_contradictions_are_code_2(run, argv):
     assert run(*argv).code == 2
 
 
+def test_what_was_measured_is_shown_where_a_table_cannot_be_written(folders, run, tmp_path):
+    done = run(folders / "ref", folders / "rec", "--metrics", "psnr", "--csv", tmp_path / "nosuch" / "x.csv")
+    assert done.code == 1 and "PSNR dB" in done.out and "does not exist; create it first" in done.err
+
+
 def test_help_answers_without_torch():
     code = ("import sys; sys.argv = ['vtc-eval', '--help']\ntry:\n import vtc.cli.eval as e; e.main()\n"
             "except SystemExit: pass\nprint('torch' in sys.modules, 'numpy' in sys.modules)")

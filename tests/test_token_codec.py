@@ -275,3 +275,10 @@ def test_flipped_bits_and_cuts_give_typed_errors(make):
             codec.decompress([stream[:at]])
         with pytest.raises(VtcError):
             codec.decompress([stream[:at] + bytes([stream[at] ^ 16]) + stream[at + 1 :]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_pictures_of_other_floats_are_read(dtype):
+    codec = CODECS["grid"] if "grid" in CODECS else next(iter(CODECS.values()))
+    images = (picture(16, 16) * 255).round() / 256  # exact in all of them
+    assert codec.compress(images.to(dtype)) == codec.compress(images)

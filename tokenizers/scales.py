@@ -40,7 +40,11 @@ def split_scales(indices: Tensor, steps: Sequence[Grid]) -> list[Tensor]:
 
 def resize_area(x: Tensor, size: Grid) -> Tensor:
     """(B, d, H, W) to (B, d, *size): the mean over each cell."""
-    return x if x.shape[-2:] == size else F.interpolate(x, size, mode="area")
+    if x.shape[-2:] == size:
+        return x
+    if x.device.type == "mps":  # knows only sizes that divide
+        return F.interpolate(x.cpu(), size, mode="area").to(x.device)
+    return F.interpolate(x, size, mode="area")
 
 
 class MultiScaleQuantizer(Quantizer):

@@ -31,14 +31,15 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
     """
     name = "stdin" if str(path) == "-" else str(path)
     try:
-        if name == "stdin":
+        if str(path) == "-":
             if sys.stdin is None:
                 raise FileError("stdin is closed.")
             data = sys.stdin.buffer.read(limit + 1)
         else:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                data = b"" if size > limit else file.read(limit + 1)
+                # a pipe has no size; read(n) would take n bytes of memory at once
+                data = b"" if size > limit else file.read((size or limit) + 1)
                 if size > limit:
                     raise FileError(f"{name} has {size} bytes, and the limit is {limit}.")
     except OSError as error:
@@ -72,6 +73,8 @@ def write_file(path: str | Path, data: bytes) -> None:
         return
     try:
         target = Path(os.path.realpath(path))
+        if not target.exists() and os.path.exists(path):  # /dev/stdout, /dev/fd/63: what the link names is no path
+            target = Path(path)
         if not target.parent.is_dir():
             raise FileError(f"The output folder {Path(path).parent} does not exist; create it first.")
         if target.exists() and not stat.S_ISREG(target.stat().st_mode):

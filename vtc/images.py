@@ -92,8 +92,10 @@ def load_image(source: str | Path | bytes | BinaryIO, max_pixels: int = MAX_PIXE
             _check_size(image.size, max_pixels, name)
             if image.format == "EPS":
                 raise ImageError(f"{name} is PostScript, a program and not a picture; convert it to PNG first.")
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1:
+            if image.format == "TIFF":  # counting its pages takes time that grows with their square
+                if getattr(image, "is_animated", False):
+                    notes.append("took the first of several frames")
+            elif (frames := getattr(image, "n_frames", 1)) > 1:
                 notes.append(f"took the first of {frames} frames")
             image.load()
             _check_size(image.size, max_pixels, name)  # an icon's header may lie about the picture inside

@@ -13,16 +13,24 @@ from vtc.files import MAX_FILE_BYTES
 BLOCK = tarfile.BLOCKSIZE
 
 #: what tarfile raises for headers that are damaged, or were made to do harm
-DAMAGED = (tarfile.TarError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError)
+DAMAGED = (tarfile.TarError, EOFError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError)
+#: kinds of headers that are about the next member, and are read whole; and the most bytes that one may have
+ABOUT_THE_NEXT = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+                  tarfile.GNUTYPE_LONGLINK)
+MAX_HEADER_BYTES = 2**20
 
 
 class Header(tarfile.TarInfo):
-    """A member whose size cannot be negative, with which some Pythons' tarfile would loop for ever."""
+    """A member whose size cannot be negative, with which some Pythons' tarfile would loop for ever, and whose name
+    cannot fill the memory.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Header:
         header = super().frombuf(buf, encoding, errors)
         header._block(header.size)
+        if header.type in ABOUT_THE_NEXT and header.size > MAX_HEADER_BYTES:
+            raise tarfile.InvalidHeaderError("a name that is too long")  # type: ignore[attr-defined]
         return header
 
     def _block(self, count: int) -> int:

@@ -366,7 +366,15 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
     from vtc.eval.suite import RESAMPLES
     from vtc.files import write_file
 
-    sentences = [problem.sentence for problem in problems]
+    sentences, unwritten = [problem.sentence for problem in problems], []
+
+    def told(write: Callable[..., object], name: str, *values: object) -> None:
+        """Write; where that fails, say so at the end, for what was measured is still to be shown."""
+        try:
+            write(*values)
+        except VtcError as error:
+            unwritten.append(sentence(error, name))
+
     about = {"title": args.title or "", "num_images": len(items), "problems": [_anonymous(s) for s in sentences],
              "bootstrap": {"resamples": RESAMPLES, "level": 0.95, "seed": args.seed, "interval": "percentile"},
              "provenance": provenance()}
@@ -378,18 +386,18 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
             write_report(args.report, everything, suite, items, about, args.gallery,
                          _bar("report", args.quiet))
         if args.samples and results:
-            _samples(args, suite, items, results[0])
+            told(_samples, args.samples, args, suite, items, results[0])
         if args.csv:
-            write_file(args.csv, to_csv(results).encode())
+            told(write_file, args.csv, args.csv, to_csv(results).encode())
         if args.json:
             emit(to_json(everything, about), sys.stdout)
         elif args.csv != "-":
             emit(table(everything, with_intervals=len(everything) == 1), sys.stdout)
     if sentences:
         say(f"{PROG}: {len(sentences)} {'things were' if len(sentences) > 1 else 'thing was'} not measured:")
-    for text in sentences:
+    for text in (*sentences, *unwritten):
         say(text)
-    return FAILED if sentences or not results else DONE
+    return FAILED if sentences or unwritten or not results else DONE
 
 
 def _samples(args: argparse.Namespace, suite: Suite, items: list[Item], result: MethodResult) -> None:

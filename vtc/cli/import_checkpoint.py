@@ -87,7 +87,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 generator.save(temporary)
                 model = generator.model
             temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private
-            os.replace(temporary, out)
+            if out.is_dir():  # and empty
+                for part in temporary.iterdir():
+                    os.replace(part, out / part.name)
+            else:
+                os.replace(temporary, out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         parameters = sum(p.numel() for p in model.parameters())
@@ -127,3 +131,7 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -101,16 +101,16 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
             target = "-" if source == "-" else os.path.splitext(source)[0] + suffix
         real = "-" if target == "-" else os.path.realpath(target)
         sources.add(os.path.realpath(source))
-        if writer.get(real) == os.path.realpath(source):
+        if real in writer and os.path.realpath(writer[real]) == os.path.realpath(source):
             continue  # the same file was named twice
         problem = ""
         if source != "-" and not os.path.lexists(source):
             problem = f"{source} does not exist."
         elif real in writer:
-            problem = (f"{source} would overwrite {target}, which {os.path.relpath(writer[real])} becomes; "
+            problem = (f"{source} would overwrite {target}, which {writer[real]} becomes; "
                        "rename one of them, or use -o for it alone.")
         tasks.append(Task(source, target, folder is not None, problem))
-        writer.setdefault(real, os.path.realpath(source))
+        writer.setdefault(real, source)
     return [task if task.problem or os.path.realpath(task.target) not in sources or task.target == "-" else
             Task(task.source, task.target, problem=f"{task.source} would be written onto the input {task.target}; "
                                                    "choose another name with -o.") for task in tasks]
