@@ -1,6 +1,6 @@
 """Measure a generator's heads and layers, once: what HACK, ScaleKV, HeatKV and Ada-KV build on.
 
-    python scripts/calibrate_kv.py --model var-tiny-128 --samples 50 --output kv.safetensors
+    python scripts/calibrate_kv.py --model var-d6-128 --samples 50 --output kv.safetensors
     python scripts/calibrate_kv.py --model folder/ --samples 50 --images data/ --output folder/kv.safetensors
 
 Pictures are drawn, classes in turn, as the model draws by default; or they are real ones, whose tokens are read without

@@ -1,6 +1,6 @@
 """How good a class-conditional generator is, and whether it has learnt pictures by heart: a table and a contact sheet.
 
-    python scripts/evaluate_generator.py --model var-tiny-128 --images tiny.npz --weights weights/ --samples 2000 \\
+    python scripts/evaluate_generator.py --model var-d6-128 --images tiny.npz --weights weights/ --samples 2000 \\
         --output docs/results/generator
 
 Samples are drawn class by turn, each from a seed of its own. OUTPUT receives rows.json, tables.md and

@@ -1,9 +1,9 @@
 """What each cache policy costs a trained VAR: bytes, time, distance to the full cache's pictures, quality. Resumable.
 
-    python scripts/evaluate_kv.py draw --model var-tiny-128 --images tiny.npz --weights weights/ --work_dir runs/kv \\
+    python scripts/evaluate_kv.py draw --model var-d6-128 --images tiny.npz --weights weights/ --work_dir runs/kv \\
         --settings full hack:0.3 scalekv:0.3 streaming:0.3 --samples 2000
     python scripts/evaluate_kv.py report --work_dir runs/kv --images tiny.npz --weights weights/ --output results/
-    python scripts/evaluate_kv.py checks --model var-tiny-128 --work_dir runs/kv
+    python scripts/evaluate_kv.py checks --model var-d6-128 --work_dir runs/kv
 
 draw: every setting (a word of `vtc.generators.kv_cache.specs`) draws the same pictures, number i from seed i, class by
 turn; `full` comes first, the others are held against it. A batch that is done is a line in WORK_DIR/SETTING.jsonl, with

@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name, make in TINY_GENERATORS.items():
         make().save(folder / name)
     tiny_var(1).save(folder / "other")
-    tiny_var().save(folder / "bundled" / "var-tiny-128")
+    tiny_var().save(folder / "bundled" / "var-d6-128")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hub, "BUNDLED", folder / "bundled")
         yield folder

@@ -24,7 +24,7 @@ from vtc.models import load_generator, load_tokenizer
 def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An installation with a tiny random generator; returns the folder of models."""
     monkeypatch.setattr(hub, "BUNDLED", tmp_path / "pretrained")
-    tiny_var().save(hub.BUNDLED / "var-tiny-128")
+    tiny_var().save(hub.BUNDLED / "var-d6-128")
     return hub.BUNDLED
 
 
@@ -52,23 +52,23 @@ def test_a_bundled_name_a_path_and_the_hub_in_this_order(bundled: Path, tmp_path
 
     monkeypatch.setattr(hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
-    tiny_var(1).save(tmp_path / "var-tiny-128")  # in the working directory, where the bundled name must not reach
+    tiny_var(1).save(tmp_path / "var-d6-128")  # in the working directory, where the bundled name must not reach
     tiny_llamagen().save(tmp_path / "snapshot")
-    assert load_generator().folder == bundled / "var-tiny-128"
-    assert load_generator("./var-tiny-128").folder == Path("var-tiny-128")
+    assert load_generator().folder == bundled / "var-d6-128"
+    assert load_generator("./var-d6-128").folder == Path("var-d6-128")
     assert not asked
     assert load_generator("someone/something").kind == "llamagen"
     ((repository, patterns),) = asked
     assert repository == "someone/something"
     assert "tokenizer/model.safetensors" in patterns and not any("*" in p for p in patterns)
-    with pytest.raises(ModelError, match=r"No model 'no/such': not bundled \(var-tiny-128\), not a folder, and the"):
+    with pytest.raises(ModelError, match=r"No model 'no/such': not bundled \(var-d6-128\), not a folder, and the"):
         load_generator("no/such", allow_download=False)
     monkeypatch.chdir(tmp_path / "snapshot")
     assert load_generator(".").kind == "llamagen"
 
 
 def test_the_tokenizer_of_a_bundled_generator_has_a_name(bundled: Path) -> None:
-    tokenizer = load_tokenizer("var-tiny-128/tokenizer", allow_download=False)
+    tokenizer = load_tokenizer("var-d6-128/tokenizer", allow_download=False)
     assert tokenizer.fingerprint() == load_generator().tokenizer.fingerprint()
 
 
@@ -118,7 +118,7 @@ def test_a_calibration_lies_in_the_folder_of_its_model(tmp_path: Path) -> None:
 
 def test_a_tokenizer_may_be_that_of_a_bundled_model_and_of_no_other(bundled: Path, tmp_path: Path) -> None:
     made = tiny_var()
-    config = GenerationConfig(tokenizer="var-tiny-128/tokenizer")
+    config = GenerationConfig(tokenizer="var-d6-128/tokenizer")
     LoadedGenerator(made.model, made.tokenizer, config).save(tmp_path / "g")
     assert not (tmp_path / "g" / "tokenizer").exists()
     assert load_generator(tmp_path / "g").tokenizer.fingerprint() == made.tokenizer.fingerprint()
@@ -181,3 +181,13 @@ def test_the_table_of_classes_is_right() -> None:
 
     for name, module in GENERATOR_CLASSES.items():
         assert hasattr(getattr(import_module(module), name), "from_pretrained")
+
+
+@pytest.mark.parametrize("kind", TINY_GENERATORS)
+def test_a_generator_of_bfloat16_draws(kind: str) -> None:
+    generator = TINY_GENERATORS[kind]().to("cpu", torch.bfloat16)
+    assert {p.dtype for p in generator.model.parameters()} == {torch.bfloat16}
+    schedule = generator.schedule()
+    condition = (torch.randn(1, 6, 16), torch.ones(1, 6, dtype=torch.bool)) if kind == "infinity" else torch.tensor([1])
+    _, images = generator.generate(condition, KVCache(schedule), generators=seeded([0]))
+    assert images.dtype == torch.float32 and images.isfinite().all()

@@ -35,7 +35,7 @@ def bundled_names() -> list[str]:
 
 
 def bundled_folder(name: str | Path) -> Path | None:
-    """The folder of a bundled name, or of a part of one ("var-tiny-128/tokenizer"); None where that is not one."""
+    """The folder of a bundled name, or of a part of one ("var-d6-128/tokenizer"); None where that is not one."""
     plain = PurePath(name)
     is_path = plain.is_absolute() or ".." in plain.parts or str(name).startswith((".", "~"))
     return BUNDLED / plain if plain.parts and not is_path and (BUNDLED / plain).is_dir() else None

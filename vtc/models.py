@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
 DEFAULT_MODEL = "localvq-f16-8192"
-DEFAULT_GENERATOR = "var-tiny-128"
+DEFAULT_GENERATOR = "var-d6-128"
 
 #: codewords of the smaller members of the default model's family
 FAMILY_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
