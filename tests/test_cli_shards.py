@@ -148,14 +148,14 @@ def test_shards_that_are_damaged_leave_nothing(here: Path, run: Say) -> None:
         second = file.getmembers()[1].offset
     huge = header("huge.png")
     huge.size = 2**40
-    name = header("x")
-    name.type, name.size = tarfile.GNUTYPE_LONGNAME, 2**45
+    long = header("x")
+    long.type, long.size = tarfile.GNUTYPE_LONGNAME, 2**45
     negative = bytearray(header("x.png").tobuf())
     negative[124:136] = b"\xff" * 12  # -1 in base 256
     negative[148:156] = b"%06o\0 " % (256 + sum(negative[:148]) + sum(negative[156:512]))
     cases = {"empty": b"", "text": b"hello" * 1000, "cut": whole[:1100], "no end": whole.rstrip(b"\0") + bytes(100),
              "header": whole[: second + 5] + b"\xff" * 30 + whole[second + 35 :], "huge": huge.tobuf() + bytes(1024),
-             "name": name.tobuf() + bytes(1024), "zip": b"\x1f\x8b" + whole,
+             "long name": long.tobuf() + bytes(1024), "zip": b"\x1f\x8b" + whole,
              "negative": whole[:second] + bytes(negative) + whole[second:]}
     for name, data in cases.items():
         Path("b.tar").write_bytes(data)
