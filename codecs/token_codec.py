@@ -112,7 +112,7 @@ class TokenCodec:
                              f"{images.dtype} of shape {tuple(images.shape)}.")
         self._check_size(images.shape[-2], images.shape[-1])
         self._division(resilience, progressive)  # what cannot be coded is said before the work
-        tokens = encode_tiled(self.tokenizer, images.to(*_place(self.tokenizer)))
+        tokens = encode_tiled(self.tokenizer, images.to(_device(self.tokenizer), _dtype(self.tokenizer)))
         return self.compress_tokens(tokens, resilience, progressive)
 
     @torch.no_grad()
@@ -376,11 +376,11 @@ def _is_one_grid(layout: TokenLayout) -> bool:
 
 
 def _device(tokenizer: Tokenizer) -> torch.device:
-    return _place(tokenizer)[0]
+    tensor = next(chain(tokenizer.parameters(), tokenizer.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _place(tokenizer: Tokenizer) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of what the tokenizer reads."""
-    tensors = (t for t in chain(tokenizer.parameters(), tokenizer.buffers()) if t.is_floating_point())
-    tensor = next(tensors, torch.empty(0))
-    return tensor.device, tensor.dtype
+def _dtype(tokenizer: Tokenizer) -> torch.dtype:
+    """Of the pictures that a tokenizer reads: float32 where it has no weights."""
+    tensors = chain(tokenizer.parameters(), tokenizer.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)

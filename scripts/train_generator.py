@@ -124,7 +124,7 @@ def token_task(args: argparse.Namespace, recipe: GeneratorRecipe, tokenizer: Tok
         raise ConfigError(f"--kind {args.kind} cannot draw the tokens of a {type(tokenizer).__name__}.")
     train, validation, names = shards(args, tokenizer, accelerator)
     classes = len(names) or args.classes or int(train.labels.max()) + 1
-    (vocab,) = tokenizer.vocab if isinstance(tokenizer, MultiScaleTokenizer) else train.facts.layout.vocab
+    (vocab,) = layout.vocab
     settings = GenerationConfig(class_names=names, **config)
     shape = {"depth": args.depth, "width": args.width, "heads": args.heads, "classes": classes, "codebook_size": vocab}
     task: GeneratorTask

@@ -43,7 +43,7 @@ def resize_area(x: Tensor, size: Grid) -> Tensor:
     if x.shape[-2:] == size:
         return x
     if x.device.type == "mps":  # knows only sizes that divide
-        return F.interpolate(x.cpu(), size, mode="area").to(x.device)
+        return resize_area(x.cpu(), size).to(x.device)
     return F.interpolate(x, size, mode="area")
 
 

@@ -38,10 +38,11 @@ def read_file(path: str | Path, limit: int = MAX_FILE_BYTES) -> bytes:
         else:
             with open(path, "rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                # a pipe has no size; read(n) would take n bytes of memory at once
-                data = b"" if size > limit else file.read((size or limit) + 1)
                 if size > limit:
                     raise FileError(f"{name} has {size} bytes, and the limit is {limit}.")
+                data = file.read(size + 1)  # takes so many bytes of memory at once
+                if len(data) > size:  # of a pipe, or of a file that grows, the size says nothing
+                    data += file.read(limit - size)
     except OSError as error:
         if isinstance(error, FileError):
             raise

@@ -30,7 +30,7 @@ class Header(tarfile.TarInfo):
         header = super().frombuf(buf, encoding, errors)
         header._block(header.size)
         if header.type in ABOUT_THE_NEXT and header.size > MAX_HEADER_BYTES:
-            raise tarfile.InvalidHeaderError("a name that is too long")  # type: ignore[attr-defined]
+            raise tarfile.InvalidHeaderError("a name that is too long")  # type: ignore[attr-defined]  # typeshed lacks it
         return header
 
     def _block(self, count: int) -> int:

@@ -368,7 +368,7 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
 
     sentences, unwritten = [problem.sentence for problem in problems], []
 
-    def told(write: Callable[..., object], name: str, *values: object) -> None:
+    def told(name: str, write: Callable[..., object], *values: object) -> None:
         """Write; where that fails, say so at the end, for what was measured is still to be shown."""
         try:
             write(*values)
@@ -383,12 +383,12 @@ def _write(args: argparse.Namespace, suite: Suite, items: list[Item], results: l
         if args.report:
             from vtc.eval.report import write_report
 
-            write_report(args.report, everything, suite, items, about, args.gallery,
-                         _bar("report", args.quiet))
+            told(args.report, write_report, args.report, everything, suite, items, about, args.gallery,
+                 _bar("report", args.quiet))
         if args.samples and results:
-            told(_samples, args.samples, args, suite, items, results[0])
+            told(args.samples, _samples, args, suite, items, results[0])
         if args.csv:
-            told(write_file, args.csv, args.csv, to_csv(results).encode())
+            told(args.csv, write_file, args.csv, to_csv(results).encode())
         if args.json:
             emit(to_json(everything, about), sys.stdout)
         elif args.csv != "-":

@@ -108,9 +108,7 @@ def finetune(member: LocalVQ, recipe: CodebookRecipe, accelerator: Accelerator, 
     task = MemberTask(member, recipe, perceptual)
     loop = Loop(task, replace(recipe, max_train_steps=steps), accelerator, crops, output_dir)
     loop.resume("latest")
-    average = loop.train()
-    if average is not member:
-        member.load_state_dict(average.state_dict())
+    member.load_state_dict(loop.train().state_dict())  # the average; its own where there is none
     member.requires_grad_(True).cpu().eval()
 
 

@@ -54,6 +54,42 @@ class Numbering:
         return epoch, place, self._order
 
 
+class GoodPictures:
+    """A source whose broken pictures are passed over: each is named once, and counted by all workers together."""
+
+    def __init__(self, source: Pictures) -> None:
+        self.source = source
+        self._broken = multiprocessing.Value("q", 0)
+        self._named: set[int] = set()
+
+    @property
+    def broken(self) -> int:
+        """Pictures that could not be read so far."""
+        return int(self._broken.value)
+
+    def first(self, order: NDArray[np.int64], place: int) -> tuple[int, NDArray[np.uint8]]:
+        """(number, pixels (H, W, 3)) of the picture at a place of an epoch's order, or of the first good one behind it.
+
+        TrainingError where a hundred in a row are broken.
+        """
+        patience = min(PATIENCE, len(order))
+        for further in range(patience):
+            number = int(order[(place + further) % len(order)])
+            key = f"picture {number}"
+            try:
+                key, _, file = self.source.read(number)
+                return number, load_image(file, name=key).pixels
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
+                if number not in self._named:
+                    self._named.add(number)
+                    with self._broken.get_lock():
+                        self._broken.value += 1
+                    log.warning("%s is skipped: %s.", key, first_sentence(error))
+        raise TrainingError(f"{patience} pictures in a row cannot be read, the last one is {key}: look at the data.")
+
+
 class RandomCrops(Dataset[Tensor]):
     """Sample n: a random square of a random photograph, shrunk by a random factor, mirrored half of the time.
 
@@ -70,8 +106,7 @@ class RandomCrops(Dataset[Tensor]):
             raise ConfigError("There are no pictures to train on.")
         self.resolution, self.seed, self.min_scale = resolution, seed, min_scale
         self.numbering = Numbering(len(self.pictures), seed)
-        self._broken = multiprocessing.Value("q", 0)
-        self._named: set[int] = set()
+        self._good = GoodPictures(self.pictures)
 
     def __len__(self) -> int:
         return 2**62  # numbered by the sampler, without end
@@ -79,13 +114,13 @@ class RandomCrops(Dataset[Tensor]):
     @property
     def broken(self) -> int:
         """Pictures that could not be read so far."""
-        return int(self._broken.value)
+        return self._good.broken
 
     def __getitem__(self, n: int) -> Tensor:
         """(3, resolution, resolution) uint8."""
         epoch, place, order = self.numbering(n)
         rng = np.random.default_rng((self.seed, epoch, place))
-        return self.cut(self._opened(order, place), rng)
+        return self.cut(Image.fromarray(self._good.first(order, place)[1]), rng)
 
     def cut(self, image: Image.Image, rng: np.random.Generator) -> Tensor:
         """A random square of a picture."""
@@ -100,22 +135,3 @@ class RandomCrops(Dataset[Tensor]):
         if rng.random() < 0.5:
             crop = np.ascontiguousarray(crop[:, ::-1])
         return torch.from_numpy(crop).permute(2, 0, 1)
-
-    def _opened(self, order: NDArray[np.int64], place: int) -> Image.Image:
-        """The picture at a place of the epoch's order, or the first good one behind it."""
-        patience = min(PATIENCE, len(order))
-        for further in range(patience):
-            number = int(order[(place + further) % len(order)])
-            key = f"picture {number}"
-            try:
-                key, _, file = self.pictures.read(number)
-                return Image.fromarray(load_image(file, name=key).pixels)  # upright, in sRGB, on white: as all else
-            except MemoryError:
-                raise
-            except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
-                if number not in self._named:
-                    self._named.add(number)
-                    with self._broken.get_lock():
-                        self._broken.value += 1
-                    log.warning("%s is skipped: %s.", key, first_sentence(error))
-        raise TrainingError(f"{patience} pictures in a row cannot be read, the last one is {key}: look at the data.")

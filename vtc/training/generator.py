@@ -11,7 +11,6 @@ so its pictures are encoded in each step. The script is `scripts/train_generator
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from vtc.errors import ConfigError, ModelError, TrainingError, VtcError, first_sentence
+from vtc.errors import ConfigError, ModelError
 from vtc.generators import infinity, llamagen, var
 from vtc.generators.blocks import FeedForward, SelfAttention
 from vtc.generators.patches import cells_of, fold
@@ -34,13 +33,11 @@ from vtc.tokenizers.base import Tokenizer
 from vtc.tokenizers.infinity_vae import InfinityVAE
 from vtc.tokenizers.layers import MultiScaleTokenizer
 from vtc.tokenizers.scales import Grid, MultiScaleQuantizer
-from vtc.training.data import PATIENCE
-from vtc.training.labelled import LabelledImages
+from vtc.training.data import GoodPictures, Numbering
+from vtc.training.labelled import LabelledImages, square
 from vtc.training.recipe import Recipe, flag
 from vtc.training.task import Task
 from vtc.training.token_shards import TokenShards
-
-log = logging.getLogger(__name__)
 
 #: parts of names of weights that are tables, positions or factors: weight decay would only pull them to nothing
 _NOT_DECAYED = ("position", "start", "level", "log_scale", "offsets", "query", "no_text")
@@ -254,28 +251,18 @@ class TrainingPictures(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(self, images: LabelledImages, texts: TextFeatures, resolution: int, seed: int = 0,
                  flip: bool = True) -> None:
         self.images, self.texts, self.resolution, self.seed, self.flip = images, texts, resolution, seed, flip
+        self.numbering, self._good = Numbering(len(images), seed), GoodPictures(images.source)
 
     def __len__(self) -> int:
         return 2**62  # numbered by the sampler, without end
 
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        epoch, place = divmod(n, len(self.images))
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
-        number, pixels = self._read(np.roll(order, -place)[:PATIENCE].tolist())
+        epoch, place, order = self.numbering(n)
+        number, picture = self._good.first(order, place)
+        pixels = square(picture, self.resolution)
         if self.flip and np.random.default_rng((self.seed, epoch, place)).random() < 0.5:
             pixels = pixels.flip(-1)
         return pixels, *self.texts.of(number, int(self.images.labels[number]))
-
-
-    def _read(self, numbers: list[int]) -> tuple[int, Tensor]:
-        """The first of these pictures that can be read; the broken ones before it are named."""
-        for number in numbers:
-            try:
-                return number, self.images.picture(number, self.resolution)
-            except VtcError as error:
-                log.warning("Picture %d is skipped: %s.", number, first_sentence(error))
-        raise TrainingError(f"{len(numbers)} pictures in a row cannot be read, the last one is number {numbers[-1]}: "
-                            "look at the data.")
 
 
 class InfinityTask(GeneratorTask):

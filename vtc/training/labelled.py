@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from vtc.errors import ConfigError
@@ -34,14 +35,18 @@ class LabelledImages:
         return self.source.read(n)
 
     def picture(self, n: int, side: int) -> Tensor:
-        """(3, side, side) uint8: the largest square in the middle, resized where its side is another."""
+        """(3, side, side) uint8, see `square`."""
         key, _, file = self.source.read(n)
-        pixels = center_square(load_image(file, name=key).pixels, side)
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+        return square(load_image(file, name=key).pixels, side)
 
     def pictures(self, side: int) -> Tensor:
         """All of them, (N, 3, side, side) uint8."""
         return torch.stack([self.picture(i, side) for i in range(len(self))])
+
+
+def square(pixels: NDArray[np.uint8], side: int) -> Tensor:
+    """(H, W, 3) to (3, side, side) uint8: the largest square in the middle, resized where its side is another."""
+    return torch.from_numpy(np.ascontiguousarray(center_square(pixels, side))).permute(2, 0, 1)
 
 
 def labelled_images(where: str | Path, split: str = "train") -> LabelledImages:

@@ -519,6 +519,12 @@ class Loop:
                 more = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=self.step, **more)
 
+    def _forget_after(self, step: int) -> None:
+        """Take later steps out of the logs: they will be written anew."""
+        if self.accelerator.is_main_process:
+            for log in (LOG, VALIDATION):
+                forget_after(self.output_dir / log, step)
+
     def _append(self, name: str, facts: dict[str, Any]) -> None:
         """A line of a log."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in facts.items()}
@@ -572,9 +578,7 @@ class Loop:
         """
         path = find_checkpoint(self.output_dir, wanted)
         if path is None:
-            if self.accelerator.is_main_process:
-                for log in (LOG, VALIDATION):  # of a run that was killed before its first one
-                    forget_after(self.output_dir / log, 0)
+            self._forget_after(0)  # lines of a run that was killed before its first one
             self._say(f"There is no checkpoint in {self.output_dir} yet: the run starts at step 0.")
             return False
         modules, training, state = read_checkpoint(path)
@@ -603,9 +607,8 @@ class Loop:
         self.task.load_state_dict(training["task"])
         self.step, self.position = int(state["step"]), int(state["position"])
         self._pending = []
-        if self.accelerator.is_main_process and path.parent.resolve() == self.output_dir.resolve():
-            for log in (LOG, VALIDATION):
-                forget_after(self.output_dir / log, self.step)
+        if path.parent.resolve() == self.output_dir.resolve():
+            self._forget_after(self.step)
         now = json.loads(json.dumps(asdict(self.recipe)))
         before = state["recipe"]
         changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if k in before and before[k] != v]
