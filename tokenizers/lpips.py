@@ -112,6 +112,8 @@ class LPIPS(nn.Module):
     def unit_features(self, images: Tensor) -> list[Tensor]:
         """The tapped layers' activations, of unit length over channels; each (B, C, h, w)."""
         x = (images * 2 - 1 - self.shift) / self.scale
+        if x.device.type == "cpu":  # where torch pools channels that lie side by side twelve times as fast
+            x = x.contiguous(memory_format=torch.channels_last)
         tapped = []
         for i, layer in enumerate(self.features):
             x = layer(x)
