@@ -360,3 +360,12 @@ def test_the_evaluation_writes_a_table_and_does_not_measure_twice(tmp_path, monk
     tiny(seed=1).save(tmp_path / "model" / CONCEALER)
     assert script.main([*arguments, "--patterns", "20 % singly", "--fillings", "mean", "words"]) == 0
     assert len(drawn) == 2, "another concealer is measured anew, the mean is not"
+
+
+def test_both_phases_follow_the_schedule_that_is_asked_for() -> None:
+    chosen = ConcealerRecipe(max_train_steps=10, picture_steps=10, lr_warmup_steps=5, learning_rate=1.0,
+                             picture_learning_rate=0.5, final_learning_rate=0.1, lr_scheduler="linear")
+    rates = [chosen.learning_rate_at(step) for step in range(20)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0]) and rates[9] == pytest.approx(0.28)
+    assert rates[10:12] == pytest.approx([0.5, 0.5]) and rates[19] == pytest.approx(0.5 - 0.4 * 8 / 9)
+    assert chosen.learning_rate_at(20) == pytest.approx(0.1)

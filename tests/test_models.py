@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,16 @@ def test_a_bundled_name_is_not_looked_for_elsewhere(tmp_path: Path, monkeypatch:
     tiny().save_pretrained(tmp_path / DEFAULT_MODEL)  # in the working directory, where a bundled name must not reach
     with pytest.raises(ModelError, match="missing from this installation"):
         load_tokenizer(DEFAULT_MODEL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="mode bits are POSIX's")
+def test_a_saved_model_is_read_by_whom_the_umask_lets_read(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        tiny().save_pretrained(tmp_path / "model")
+    finally:
+        assert os.umask(before) == 0o027
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()} == {0o640}
 
 
 def test_no_download_where_it_is_not_allowed(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:

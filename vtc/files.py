@@ -7,9 +7,12 @@ import secrets
 import stat
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vtc.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if sys.platform != "win32":
     import fcntl
@@ -96,6 +99,20 @@ def write_file(path: str | Path, data: bytes) -> None:
         if isinstance(error, FileError):
             raise
         raise FileError(f"{path} cannot be written: {reason(error)}.") from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """A safetensors file without a copy in memory, for models of gigabytes; readable by whom the umask lets read.
+
+    safetensors itself makes files for their owner alone. Raises OSError and SafetensorError.
+    """
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    if os.name == "posix":
+        mask = os.umask(0o077)
+        os.umask(mask)
+        os.chmod(path, 0o666 & ~mask)
 
 
 def lock(file: IO[bytes], target: str) -> None:

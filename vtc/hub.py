@@ -17,11 +17,12 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vtc import int8
 from vtc.errors import ModelError
+from vtc.files import save_tensors
 
 #: folder of the models that the wheel carries, one sub-folder a name
 BUNDLED = Path(__file__).parent / "pretrained"
@@ -136,7 +137,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
     def _save_pretrained(self, save_directory: Path) -> None:
         save_directory.mkdir(parents=True, exist_ok=True)
         tensors = stored_tensors(cast(nn.Module, self), exact=self.exact_weights, int8_weights=self.int8_weights)
-        save_file(tensors, save_directory / WEIGHTS)
+        save_tensors(tensors, save_directory / WEIGHTS)
         form = {"weights": int8.FORMAT} if self.int8_weights else {}
         config = {"class": type(self).__name__, **form, **self.arguments()}
         (save_directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vtc import __version__
 from vtc.errors import ModelError, TrainingError, first_sentence
-from vtc.files import write_file
+from vtc.files import save_tensors, write_file
 from vtc.training.sharding import cut_like, whole
 
 STATE, TRAINING, AVERAGE = "state.json", "training.pt", "average"
@@ -122,7 +122,7 @@ def write_checkpoint(output_dir: Path, step: int, modules: dict[str, dict[str, T
             shutil.rmtree(stale)
         temporary.mkdir()
         for name, tensors in modules.items():
-            save_file(_separate(tensors), temporary / f"{name}.safetensors")
+            save_tensors(_separate(tensors), temporary / f"{name}.safetensors")
         torch.save(training, temporary / TRAINING)
         facts = {"step": step, "time": time.time(), **state, "versions": versions()}
         (temporary / STATE).write_text(json.dumps(facts, indent=1, default=str) + "\n")

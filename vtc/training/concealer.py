@@ -10,7 +10,6 @@ The script `scripts/train_concealer.py` holds the flags; the loop is `vtc.traini
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ class ConcealerRecipe(Recipe):
     resolution: int = flag(256, "side of its crops")
     learning_rate: float = flag(2e-3, "of token steps, after the warm-up")
     picture_learning_rate: float = flag(4e-4, "of picture steps, after theirs")
+    final_learning_rate: float = flag(2e-5, "at the end of both schedules")
     lr_warmup_steps: int = flag(150, "steps of linear warm-up; a fifth of it before the pictures")
     adam_beta2: float = flag(0.98, "decay of Adam's second moments")
     weight_decay: float = flag(0.05, "of AdamW, on tensors of two and more dimensions")
@@ -65,14 +65,11 @@ class ConcealerRecipe(Recipe):
         return self.max_train_steps + self.picture_steps
 
     def learning_rate_at(self, step: int) -> float:
-        """Two cosines, one for the tokens and one for the pictures, each after a linear warm-up."""
-        first = step < self.max_train_steps
-        peak = self.learning_rate if first else self.picture_learning_rate
-        place, length = (step, self.max_train_steps) if first else (step - self.max_train_steps, self.picture_steps)
-        warmup = self.lr_warmup_steps if first else self.lr_warmup_steps // 5
-        if place < warmup:
-            return peak * (place + 1) / warmup
-        return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (place - warmup) / max(1, length - warmup))))
+        """Two schedules, one for the tokens and one for the pictures, each after a linear warm-up."""
+        if step < self.max_train_steps:
+            return self.scheduled(self.learning_rate, step, self.max_train_steps, self.lr_warmup_steps)
+        return self.scheduled(self.picture_learning_rate, step - self.max_train_steps, self.picture_steps,
+                              self.lr_warmup_steps // 5)
 
 
 def random_losses(rng: np.random.Generator, rows: int, columns: int, most: float = 0.6) -> Tensor:

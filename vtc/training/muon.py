@@ -75,6 +75,10 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """As any optimizer's."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         matrices = [(p, group) for group in self.param_groups if group["muon"] for p in group["params"]
                     if p.grad is not None]
         directions = self._directions(matrices)
@@ -84,7 +88,7 @@ class Muon(torch.optim.AdamW):
         gradients = [p.grad for p, _ in matrices]
         for p, _ in matrices:
             p.grad = None  # hidden from AdamW
-        loss = super().step(closure)
+        super().step()
         for (p, _), gradient in zip(matrices, gradients, strict=True):
             p.grad = gradient
         return loss

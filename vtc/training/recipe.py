@@ -95,13 +95,17 @@ class Recipe:
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then by `lr_scheduler` down to the final rate."""
-        if step < self.lr_warmup_steps:
-            return self.learning_rate * (step + 1) / self.lr_warmup_steps
+        return self.scheduled(self.learning_rate, step, self.max_train_steps, self.lr_warmup_steps)
+
+    def scheduled(self, peak: float, step: int, steps: int, warmup: int) -> float:
+        """The learning rate of a phase of so many steps."""
+        if step < warmup:
+            return peak * (step + 1) / warmup
         if self.lr_scheduler == "constant":
-            return self.learning_rate
-        progress = min(1.0, (step - self.lr_warmup_steps) / max(1, self.max_train_steps - self.lr_warmup_steps))
+            return peak
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
         left = 1 - progress if self.lr_scheduler == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
-        return self.final_learning_rate + (self.learning_rate - self.final_learning_rate) * left
+        return self.final_learning_rate + (peak - self.final_learning_rate) * left
 
 
 #: flags that change what is seen of a run, and not its result
