@@ -143,6 +143,17 @@ def model_of(args: argparse.Namespace, crops: RandomCrops | None) -> Tokenizer:
     return model
 
 
+def smaller_codebooks(name_or_path: str | None) -> list[Tensor]:
+    """Those of the family in a model's folder."""
+    from vtc import hub
+    from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
+
+    if name_or_path is None:
+        raise ConfigError("--family_share needs --init_from: a finished model with a family.")
+    family = TokenizerFamily.load(hub.fetch(name_or_path, FAMILY))
+    return [family.members[size]["quantizer.codebook"] for size in family.about.sizes]
+
+
 def train(args: argparse.Namespace) -> None:
     from vtc.tokenizers.lpips import LPIPS
     from vtc.training.checkpoints import find_checkpoint
@@ -162,7 +173,8 @@ def train(args: argparse.Namespace) -> None:
     validation = validation_of(args, recipe.validation_limit, accelerator.device)
     perceptual = LPIPS(cast(Any, recipe.perceptual_backbone), args.lpips_weights) if (
         recipe.perceptual_weight) else None
-    task = TokenizerTask(model, recipe, perceptual, validation)
+    codebooks = smaller_codebooks(args.init_from) if recipe.family_share else []
+    task = TokenizerTask(model, recipe, perceptual, validation, codebooks)
     Loop(task, recipe, accelerator, crops, args.output_dir).run(args.resume_from_checkpoint)
     if crops.broken:
         print(f"{crops.broken} pictures could not be read and were skipped.", file=sys.stderr)

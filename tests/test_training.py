@@ -15,11 +15,13 @@ from tests.test_training_data import photographs  # noqa: F401  # a fixture
 from vtc.errors import ConfigError
 from vtc.eval.ssim import structural_similarity
 from vtc.tokenizers.base import Tokenizer
+from vtc.tokenizers.codebook_clustering import with_codebook
 from vtc.tokenizers.composed import NETWORKS, QUANTIZERS, compose
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.losses import adaptive_weight
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.pyramid_vq import PyramidVQ
+from vtc.tokenizers.tokenizer_family import FAMILY, TokenizerFamily
 from vtc.tokenizers.wetok import WeTok
 from vtc.training.data import RandomCrops, image_files
 from vtc.training.loop import Loop
@@ -247,6 +249,33 @@ def test_stage_2_trains_the_decoder_alone_and_its_noise(tmp_path):
     assert moved == {n for n in before if n.startswith("decoder.")}
     assert model.decoder.conv_in.weight[:, 8:].any() and not model.encoder.training
     assert task.losses("model", pictures(), 5).keys() == {"l1"}
+
+
+def test_one_decoder_learns_the_words_of_the_smaller_members_too(tmp_path):
+    model = local().eval()
+    fewer = model.quantizer.codebook[::4].clone()
+    member = with_codebook(model, fewer)
+    images = pictures().float() / 255
+    drawn = {share: TokenizerTask(model, recipe(stage2=True, family_share=share), codebooks=[fewer]).reconstruct(
+        images, 0)[0] for share in (0.5, 1.0)}
+    torch.testing.assert_close(drawn[1.0], member(images)[0], atol=1e-6, rtol=0)
+    whole = model(images)[0]
+    assert not torch.allclose(drawn[1.0], whole, atol=1e-3)
+    for one in drawn[0.5]:  # of either kind, not between them
+        assert any(torch.allclose(one, other, atol=1e-6) for other in (*whole, *drawn[1.0]))
+    for wrong, message in (({"family_share": 0.5}, "needs --stage2"),
+                           ({"family_share": 1.5, "stage2": True}, "from 0 to 1")):
+        with pytest.raises(ConfigError, match=message):
+            recipe(**wrong)
+    with pytest.raises(ConfigError, match="needs a model with a family"):
+        TokenizerTask(model, recipe(stage2=True, family_share=0.5))
+    script = import_module("scripts.train_tokenizer")
+    model.save_pretrained(tmp_path)
+    TokenizerFamily.of(model, {4: member}).save(tmp_path / FAMILY)
+    (stored,) = script.smaller_codebooks(str(tmp_path))
+    torch.testing.assert_close(stored.float(), fewer, atol=1e-3, rtol=1e-3)
+    with pytest.raises(ConfigError, match="needs --init_from"):
+        script.smaller_codebooks(None)
 
 
 # ---- looking at it --------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from vtc.tokenizers.losses import (
 from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.ranks import mean_over_ranks, sum_over_ranks
 from vtc.tokenizers.scales import MultiScaleQuantizer, resize_area
+from vtc.tokenizers.vector_quantizer import nearest_codeword
 from vtc.training.muon import Muon, matrices_of
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.recipe import Recipe
@@ -109,14 +110,17 @@ class TokenizerTask(Task):
     """A tokenizer and, where the recipe has an adversarial term, a discriminator.
 
     perceptual: LPIPS of the loss, None where its weight is 0.
+    codebooks: (S, d) each, of the smaller members of the model's family, for `family_share` of the crops.
     """
 
     blocks: tuple[type[nn.Module], ...] = (ResBlock, AttnBlock, Block)
 
     def __init__(self, model: Tokenizer, recipe: TokenizerRecipe, perceptual: LPIPS | None = None,
-                 validation: Validation | None = None) -> None:
+                 validation: Validation | None = None, codebooks: Sequence[Tensor] = ()) -> None:
         if recipe.perceptual_weight and perceptual is None:
             raise ConfigError("The recipe has a --perceptual_weight; it needs the weights of LPIPS.")
+        if recipe.family_share and not codebooks:
+            raise ConfigError("The recipe has a --family_share; it needs a model with a family.")
         critic = make_critic(recipe)
         views: nn.Module | None = perceptual
         if perceptual is not None and recipe.random_views:
@@ -130,6 +134,7 @@ class TokenizerTask(Task):
         cast(Any, model).int8_weights = frozenset()  # this run decides, not the one that the model is from
         if recipe.int8:
             train_quantized(model)
+        self.codebooks = [codebook.float() for codebook in codebooks]
         if recipe.stage2:
             for name in FROZEN_IN_STAGE_2:
                 getattr(model, name, nn.Identity()).requires_grad_(False)
@@ -203,8 +208,10 @@ class TokenizerTask(Task):
         height, width = images.shape[-2:]
         if self.recipe.stage2:
             with torch.no_grad():
-                quantized = self._quantize(model.latents(images), height, width)
-            return model.reconstruct(quantized.z_q)[..., :height, :width], quantized
+                z = model.latents(images)
+                quantized = self._quantize(z, height, width)
+                z_q = self._with_fewer_words(z, quantized.z_q) if self.recipe.family_share else quantized.z_q
+            return model.reconstruct(z_q)[..., :height, :width], quantized
         if step >= self.continuous_steps:
             output, quantized = model(images)
             self._count(quantized.indices, height, width)
@@ -213,6 +220,15 @@ class TokenizerTask(Task):
         if step >= self.continuous_steps - START_STEPS:
             self._remember(z.detach().float())
         return model.reconstruct(z)[..., :height, :width], None
+
+    def _with_fewer_words(self, z: Tensor, z_q: Tensor) -> Tensor:
+        """(B, d, h, w) codewords, of some pictures those that a smaller codebook has for their latents."""
+        z_q = z_q.clone()
+        for n in (torch.rand(len(z)) < self.recipe.family_share).nonzero()[:, 0].tolist():
+            codebook = self.codebooks[int(torch.randint(len(self.codebooks), ()))].to(z.device)
+            nearest = nearest_codeword(z[n].flatten(1).T.float(), codebook)
+            z_q[n] = codebook[nearest].T.view_as(z_q[n])
+        return z_q
 
     def _quantize(self, z: Tensor, height: int, width: int) -> Quantized:
         model = self.tokenizer

@@ -50,6 +50,8 @@ class TokenizerRecipe(Recipe):
     adaptive_weight: bool = flag(False, "multiply gan_weight by the ratio of gradients at the decoder's last layer")
     lecam_weight: float = flag(0.0, "of LeCAM (WeTok: 0.05 with [0, 1] logits, 0.001 in others); 0: none")
     stage2: bool = flag(False, "train the decoder alone, encoder and codebook frozen; a WeTok's becomes generative")
+    family_share: float = flag(0.0, "with --stage2 and --init_from: of the crops whose words are those of one of the "
+                                    "smaller members of the model's family, so that one decoder serves all rates")
     int8: bool = flag(False, "compute with weights rounded to int8, and save them so: half the file")
     validation_limit: int = flag(0, "pictures to validate on; 0: all")
 
@@ -60,6 +62,8 @@ class TokenizerRecipe(Recipe):
                               "least one --entropy_annealing_steps.")
         if self.discriminator_start > self.gan_start:
             raise ConfigError("A --discriminator_start after --gan_start would let one judge that has learnt nothing.")
+        if not 0 <= self.family_share <= 1 or (self.family_share and not self.stage2):
+            raise ConfigError("--family_share is a share, from 0 to 1, and needs --stage2: words must not move.")
         if self.optimizer == "muon" and self.shard:
             raise ConfigError("--optimizer muon and --shard exclude one another: a step needs the whole of a weight.")
         if self.int8 and self.shard:
