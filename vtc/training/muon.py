@@ -10,7 +10,7 @@ mean the same for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,8 +55,9 @@ def matrices_of(module: nn.Module) -> list[nn.Parameter]:
     Words (`nn.Embedding`, codebooks) are rows of their own rather than a map; vectors have no directions to even out.
     """
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | _ConvNd) and getattr(m, "groups", 1) == 1]
-    weights = [cast(nn.Parameter, m.weight) for m in layers]
-    return [w for w in weights if w.requires_grad and min(w.shape[0], w[0].numel()) >= SMALLEST]
+    weights = [dict(m.named_parameters(recurse=False)).get("weight") for m in layers]  # none where it is made of others
+    return [w for w in weights
+            if w is not None and w.requires_grad and min(w.shape[0], w[0].numel()) >= SMALLEST]
 
 
 class Muon(torch.optim.AdamW):
