@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from vtc.tokenizers.ranks import is_parallel
+
 #: of p(x) = a x + b x^3 + c x^5, five of which bring any x of [0.002, 1] to between 0.68 and 1.21; Jordan et al.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -95,7 +97,6 @@ class Muon(torch.optim.AdamW):
         return loss
 
     def _directions(self, matrices: list[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         averaged = []
         for p, group in matrices:
             state, gradient = self.state[p], p.grad.float().flatten(1)  # type: ignore[union-attr]  # those without are out
@@ -106,17 +107,21 @@ class Muon(torch.optim.AdamW):
             buffer = state["momentum_buffer"].flatten(1)
             buffer.lerp_(gradient, 1 - group["momentum"])
             averaged.append(gradient.lerp(buffer, group["momentum"]))
-        if ranks == 1:
-            return [orthogonalize(m) for m in averaged]
-        load, owner = [0] * ranks, [0] * len(averaged)
-        for i in sorted(range(len(averaged)), key=lambda i: -averaged[i].numel() * min(averaged[i].shape)):
-            owner[i] = load.index(min(load))
-            load[owner[i]] += averaged[i].numel() * min(averaged[i].shape)
-        waits = []
-        for i, m in enumerate(averaged):
-            averaged[i] = orthogonalize(m).contiguous() if owner[i] == rank else torch.empty_like(m)
-            waits.append(dist.broadcast(averaged[i], owner[i], async_op=True))
-        for wait in waits:
-            if wait is not None:
-                wait.wait()
-        return averaged
+        return shared_directions(averaged) if is_parallel() else [orthogonalize(m) for m in averaged]
+
+
+def shared_directions(averaged: list[Tensor]) -> list[Tensor]:
+    """`orthogonalize` of each, by one process each and sent to the others; the largest first, to whoever has least."""
+    load, owner = [0] * dist.get_world_size(), [0] * len(averaged)
+    work = [m.numel() * min(m.shape) for m in averaged]
+    for i in sorted(range(len(averaged)), key=lambda i: -work[i]):
+        owner[i] = load.index(min(load))
+        load[owner[i]] += work[i]
+    directions, waits = [], []
+    for m, process in zip(averaged, owner, strict=True):
+        directions.append(orthogonalize(m).contiguous() if process == dist.get_rank() else torch.empty_like(m))
+        waits.append(dist.broadcast(directions[-1], process, async_op=True))
+    for wait in waits:
+        if wait is not None:
+            wait.wait()
+    return directions
