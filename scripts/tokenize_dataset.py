@@ -73,8 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     start = time.perf_counter()
     done = making.run(part.rank, part.count, args.quiet)
     seconds = time.perf_counter() - start
-    for key, problem in sorted(done.problems.items()):
-        print(f"{key} is left out: {problem}", file=sys.stderr)
+    done.tell_problems()
     if not args.quiet:
         good = done.pictures - len(done.problems)
         print(f"{part.name('tokenize_dataset')}: {good} pictures in {done.shards} shards, "

@@ -97,8 +97,7 @@ def shards(args: argparse.Namespace, tokenizer: Tokenizer, accelerator: Any,
             done = DatasetTokenizer(pictures, tokenizer, folder, resolution_of(args, tokenizer), batch_size=32,
                                     views=args.views if split == "train" else "center",
                                     ).run(accelerator.process_index, accelerator.num_processes)
-            for key, problem in sorted(done.problems.items()):
-                print(f"{key} is left out: {problem}", file=sys.stderr)
+            done.tell_problems()
             accelerator.wait_for_everyone()
             found.append(TokenShards(folder, tokenizer, labels=True))
     return found[0], found[1] if len(found) > 1 else None, images.classes

@@ -9,6 +9,7 @@ shard and always begin at the same pictures of it, so a run that was killed make
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -136,6 +137,11 @@ class Tokenized:
     shards: int = 0
     kept: int = 0
     problems: dict[str, str] = field(default_factory=dict)
+
+    def tell_problems(self) -> None:
+        """A line on stderr for each picture that could not be read."""
+        for key, problem in sorted(self.problems.items()):
+            print(f"{key} is left out: {problem}", file=sys.stderr)
 
 
 @dataclass
