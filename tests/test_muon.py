@@ -13,7 +13,8 @@ from tests.test_training import MODEL_ARGS, recipe
 from tests.test_training_parallel import Pictures
 from vtc.errors import ConfigError, TrainingError
 from vtc.training.loop import Loop
-from vtc.training.muon import Muon, matrices_of, orthogonalize
+from vtc.training.muon import Muon, matrices_of, muon_groups, orthogonalize
+from vtc.training.prior import PriorNetwork, PriorRecipe, PriorTask
 from vtc.training.tokenizer import TokenizerTask, make_tokenizer
 
 
@@ -125,6 +126,33 @@ def test_a_tokenizer_trained_by_it_goes_on_to_the_bit(tmp_path: Path) -> None:
                zip(whole.task.model.parameters(), by_adam.task.model.parameters(), strict=True))
     with pytest.raises(TrainingError, match=r"The optimizer of 'model' in .* is of another model"):
         loop_in(tmp_path / "adam").resume("latest")
+
+
+def test_groups_keep_their_settings_and_their_order() -> None:
+    kernel, vector, other = nn.Conv2d(8, 8, 3).weight, nn.Parameter(torch.zeros(8)), nn.Linear(16, 8).weight
+    groups = [{"params": [vector, kernel], "weight_decay": 0.1, "share": 0.5}, {"params": [other], "weight_decay": 0.0}]
+    cut = muon_groups(groups, [kernel, other])
+    assert [(g["params"][0] is p, g["weight_decay"], g["muon"]) for g, p in zip(cut, (vector, kernel, other),
+            strict=True)] == [(True, 0.1, False), (True, 0.1, True), (True, 0.0, True)]
+    assert cut[1]["share"] == 0.5 and len(groups[0]["params"]) == 2
+
+
+def test_the_rounded_kernels_of_a_prior_are_matrices_and_its_words_are_not() -> None:
+    network = PriorNetwork({16: torch.randn(16, 8)}, width=16, depth=1, dim=8, hidden=16)
+    settings = PriorRecipe(optimizer="muon")
+    optimizer = PriorTask(network, settings).optimizer("model", settings)
+    learnt = {id(p) for group in optimizer.param_groups if group["muon"] for p in group["params"]}
+    assert isinstance(optimizer, Muon)
+    assert {name for name, p in network.named_parameters() if id(p) in learnt} == {
+        *(f"input.{n}.weight" for n in range(3)), "wide.0.weight", "narrow.0.weight", "head.weight", "embed.0.weight",
+        "embed.2.weight"}
+
+
+def test_a_discriminator_keeps_adamw() -> None:
+    settings = recipe(optimizer="muon", gan_weight=0.1)
+    task = TokenizerTask(make_tokenizer("local_vq", MODEL_ARGS["local_vq"]), settings)
+    kinds = {player: type(task.optimizer(player, settings)) for player in task.players}
+    assert kinds == {"model": Muon, "discriminator": torch.optim.AdamW}
 
 
 def test_it_needs_whole_weights() -> None:

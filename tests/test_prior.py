@@ -28,7 +28,7 @@ from vtc.codecs.container import Coder
 from vtc.codecs.entropy import StaticTables
 from vtc.codecs.prior import FILE, Frequencies, TokenPrior, ans_encode
 from vtc.codecs.token_codec import TokenCodec
-from vtc.errors import BitstreamError, ConfigError, ModelError
+from vtc.errors import BitstreamError, ConfigError, ModelError, TrainingError
 from vtc.hub import BUNDLED
 from vtc.images import load_image, save_image, to_tensor
 from vtc.models import DEFAULT_MODEL, load_tokenizer
@@ -585,6 +585,20 @@ def test_token_grids_are_those_of_each_member(photographs, tmp_path):
     assert stamps == [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").iterdir())]
     cached_grids(tmp_path / "cache", [tiny(32)], photographs, 1, seed=0)  # other models: made anew
     assert TokenGrids.load(tmp_path / "cache" / "view-000.safetensors")[0].sizes == (32,)
+
+
+def test_a_cache_leaves_out_pictures_that_cannot_be_read(photographs, tmp_path, caplog, monkeypatch):
+    whole = cached_grids(tmp_path / "whole", [tiny(8)], photographs, 2, seed=0)
+    broken = tmp_path / "photographs" / "broken.png"
+    broken.write_bytes(photographs[0].read_bytes()[:200])
+    files = [photographs[0], broken, *photographs[1:]]
+    first, second = cached_grids(tmp_path / "cache", [tiny(8)], files, 2, seed=0)
+    assert (first.tokens[8] == whole[0].tokens[8]).all()  # a view is drawn by the number of its file
+    assert (second.grid(0, 8) == whole[1].grid(0, 8)).all() and len(second) == 3
+    assert [f"{broken} is left out" in message for message in caplog.messages] == [True, True]
+    monkeypatch.setattr("vtc.training.tokens.PATIENCE", 2)
+    with pytest.raises(TrainingError, match="2 pictures in a row cannot be read"):
+        cached_grids(tmp_path / "broken", [tiny(8)], [photographs[0], broken, broken], 1, seed=0)
 
 
 def test_token_grids_refuse_what_does_not_belong_together(photographs, tmp_path):

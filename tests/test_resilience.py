@@ -766,6 +766,16 @@ def test_commands_write_the_stages(folder, capsys):
     assert sorted(p.name for p in folder.glob("*.png")) == ["a.decoded.png", *names, "a.png"]
 
     stream = Path("a.vtc").read_bytes()
+    for name in ("a.stage2.vtc", "a.stage0.vtc"):
+        Path(name).write_bytes(stream)
+    streams = ["a.stage2.vtc", "a.vtc", "a.stage0.vtc"]
+    assert decode_command.main([*streams, "-o", "out", "--model", "var", "--progressive"]) == 1
+    assert "a.stage2.vtc would become out/a.stage2.png, which is also a stage of what a.vtc" in capsys.readouterr().err
+    assert (folder / "out" / "a.stage2.png").read_bytes() == (folder / names[1]).read_bytes()
+    assert (folder / "out" / "a.stage0.stage1.png").is_file()  # stages are counted from one: no conflict
+    assert decode_command.main([*streams, "-o", "out2", "--model", "var"]) == 0
+    capsys.readouterr()
+
     Path("cut.vtc").write_bytes(stream[: len(stream) * 3 // 5])
     assert decode_command.main(["cut.vtc", "--model", "var"]) == 0
     assert re.search(r"of the tokens were lost: it is shown up to stage [23]\.", capsys.readouterr().err)

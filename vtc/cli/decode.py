@@ -29,7 +29,7 @@ from vtc.cli.common import (
     todo,
 )
 from vtc.cli.items import Made
-from vtc.cli.plan import Task, UsageError, plan
+from vtc.cli.plan import Task, UsageError, apart_from_stages, plan
 from vtc.cli.shards import Recipe, coded_members
 from vtc.errors import FileError, ModelError, VtcError
 from vtc.models import FINGERPRINTS, RETIRED_IDS, in_streams, name_of, size_of
@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None, part: Part | None = None) -> int:
             chosen = args.format or "png"
             suffix = FORMATS[chosen][1] if args.output else ".decoded" + FORMATS[chosen][1]  # a.png may be the original
             tasks = plan(args.inputs, args.output, (".vtc",), suffix, ".decoded.tar")
+            if args.progressive:
+                tasks = apart_from_stages(tasks)
             if args.info:
                 return _info(tasks[mine.rank :: mine.count], args.json)
             if len(tasks) == 1 and tasks[0].target == args.output != "-" and not tasks[0].is_shard:

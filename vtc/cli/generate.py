@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from vtc.cli.common import DONE, device_name, emit, guarded, not_empty, say
 from vtc.cli.decode import FORMATS, format_of
 from vtc.cli.generate_inputs import Conditions, Given, conditions, given_tokens
-from vtc.cli.items import make_folder, stage_name
-from vtc.cli.plan import UsageError, check_folder
+from vtc.cli.items import make_folder
+from vtc.cli.plan import UsageError, check_folder, stage_name
 from vtc.errors import ConfigError, FileError
 from vtc.files import write_file
 from vtc.generators.classes import CALIBRATION

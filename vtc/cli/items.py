@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from vtc.cli.plan import Task
+from vtc.cli.plan import Task, stage_name
 from vtc.errors import FileError
 from vtc.files import reason, write_file
 
@@ -61,16 +61,6 @@ def file_item(task: Task) -> Item:
         return stages
 
     return Item(task.source, task.target, task, write)
-
-
-def stage_name(target: str, number: int) -> str:
-    """Where a coarser picture goes: beside the final one.
-
-    >>> stage_name("a.decoded.png", 1)
-    'a.decoded.stage1.png'
-    """
-    root, suffix = os.path.splitext(target)
-    return f"{root}.stage{number}{suffix}"
 
 
 def make_folder(target: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vtc.errors import FileError
 from vtc.files import read_file, reason
@@ -114,6 +115,38 @@ def plan(inputs: Sequence[str], output: str | None, suffixes: Sequence[str], new
     return [task if task.problem or os.path.realpath(task.target) not in sources or task.target == "-" else
             Task(task.source, task.target, problem=f"{task.source} would be written onto the input {task.target}; "
                                                    "choose another name with -o.") for task in tasks]
+
+
+def apart_from_stages(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, of which those have a `problem` whose result another one's coarser pictures could overwrite."""
+    writer = {os.path.realpath(task.target): task.source for task in tasks if task.target and not task.is_shard}
+
+    def checked(task: Task) -> Task:
+        whole = stage_of(task.target)
+        other = writer.get(os.path.realpath(whole)) if whole else None
+        if task.problem or task.is_shard or other is None:
+            return task
+        return replace(task, problem=f"{task.source} would become {task.target}, which is also a stage of what {other} "
+                                     "becomes; rename one of them, or use -o for it alone.")
+
+    return [checked(task) for task in tasks]
+
+
+def stage_name(target: str, number: int) -> str:
+    """Where a coarser picture goes: beside the final one.
+
+    >>> stage_name("a.decoded.png", 1)
+    'a.decoded.stage1.png'
+    """
+    root, suffix = os.path.splitext(target)
+    return f"{root}.stage{number}{suffix}"
+
+
+def stage_of(name: str) -> str:
+    """The final picture's name, of that of a stage; '' of any other."""
+    root, suffix = os.path.splitext(name)
+    whole = re.sub(r"\.stage[1-9]\d*$", "", root)
+    return whole + suffix if whole != root else ""
 
 
 def check_folder(folder: str) -> None:

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from vtc.cli.items import Item, Made, make_folder, stage_name
-from vtc.cli.plan import Task
+from vtc.cli.items import Item, Made, make_folder
+from vtc.cli.plan import Task, stage_name
 from vtc.errors import FileError, VtcError, first_sentence
 from vtc.files import lock, reason
 from vtc.tars import BLOCK, DAMAGED, Header, forget, members, read_member

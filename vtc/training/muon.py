@@ -9,7 +9,7 @@ mean the same for both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +60,14 @@ def matrices_of(module: nn.Module) -> list[nn.Parameter]:
     weights = [dict(m.named_parameters(recurse=False)).get("weight") for m in layers]  # none where it is made of others
     return [w for w in weights
             if w is not None and w.requires_grad and min(w.shape[0], w[0].numel()) >= SMALLEST]
+
+
+def muon_groups(groups: Sequence[dict[str, Any]], matrices: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """An optimizer's groups, each cut in two: its `matrices`, marked "muon", and the others."""
+    chosen = {id(p) for p in matrices}
+    cut = [{**group, "params": [p for p in group["params"] if (id(p) in chosen) == muon], "muon": muon}
+           for group in groups for muon in (False, True)]
+    return [group for group in cut if group["params"]]
 
 
 class Muon(torch.optim.AdamW):

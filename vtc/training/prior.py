@@ -103,7 +103,7 @@ class _Bits(torch.autograd.Function):
         return (*(gradients[0] * g for g in ctx.saved_tensors), None)
 
 
-class RoundedConv(nn.Module):
+class RoundedConv(nn.Conv2d):
     """A convolution whose output is floored to a grid: int8 weights with a power of two an output, biases to match.
 
     in_bits, out_bits: fractional bits of inputs and outputs. A bias for each step and one for each codebook are added.
@@ -111,25 +111,26 @@ class RoundedConv(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: int, in_bits: int, out_bits: int, steps: int,
                  codebooks: int) -> None:
-        super().__init__()
-        weight = torch.empty(outputs, inputs, kernel, kernel)
-        self.weight = nn.Parameter(nn.init.kaiming_normal_(weight, nonlinearity="relu"))
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2, bias=False)
         self.steps = nn.Parameter(torch.zeros(steps, outputs))
         self.sizes = nn.Parameter(torch.zeros(codebooks, outputs))
         self.in_bits, self.out_bits = in_bits, out_bits
+
+    def reset_parameters(self) -> None:
+        nn.init.kaiming_normal_(self.weight, nonlinearity="relu")
 
     def weight_bits(self) -> Tensor:
         """(O,): the most fractional bits with which an output's weights fit int8."""
         largest = self.weight.detach().flatten(1).abs().amax(1).clamp(min=1e-9)
         return torch.floor(torch.log2(BYTE / largest)).clamp(*WEIGHT_BITS)
 
-    def forward(self, x: Tensor, steps: Tensor, size: int, low: int, high: int) -> Tensor:
+    def forward(self, x: Tensor, steps: Tensor, size: int, low: int, high: int) -> Tensor:  # type: ignore[override]
         """(B, I, h, w), the step of each of B, and the number of the codebook, to (B, O, h, w)."""
         scale = torch.exp2(self.weight_bits())
         weight = _rounded(self.weight, scale.view(-1, 1, 1, 1), BYTE)
         unit = scale * 2.0**self.in_bits
         bias = _rounded(self.steps, unit)[steps] + _rounded(self.sizes[size], unit)
-        y = F.conv2d(x, weight, padding=self.weight.shape[-1] // 2) + bias[:, :, None, None]
+        y = F.conv2d(x, weight, padding=self.padding) + bias[:, :, None, None]
         return to_grid(y, self.out_bits, low, high)
 
     def whole(self) -> dict[str, Tensor]:

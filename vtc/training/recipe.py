@@ -47,6 +47,8 @@ class Recipe:
     final_learning_rate: float = flag(0.0, "at the end of the schedule")
     lr_scheduler: str = flag("cosine", "from the first rate to the last", ("cosine", "linear", "constant"))
     lr_warmup_steps: int = flag(0, "steps of linear warm-up")
+    optimizer: str = flag("adamw", "of the model; muon: for its convolutions and linear layers, AdamW for the rest",
+                          ("adamw", "muon"))
     adam_beta1: float = flag(0.9, "decay of Adam's first moments")
     adam_beta2: float = flag(0.99, "decay of Adam's second moments")
     weight_decay: float = flag(0.0, "of AdamW, on tensors of two and more dimensions")
@@ -87,6 +89,8 @@ class Recipe:
             if choices and getattr(self, field.name) not in choices:
                 raise ConfigError(f"--{field.name} is one of {', '.join(map(str, choices))}, not "
                                   f"{getattr(self, field.name)!r}.")
+        if self.optimizer == "muon" and self.shard:
+            raise ConfigError("--optimizer muon and --shard exclude one another: a step needs the whole of a weight.")
 
     @property
     def total_steps(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vtc.errors import ConfigError
+from vtc.training.muon import Muon, matrices_of, muon_groups
 from vtc.training.recipe import Recipe
 
 
@@ -57,9 +58,12 @@ class Task:
         return [group for group in groups if group["params"]]
 
     def optimizer(self, player: str, recipe: Recipe) -> torch.optim.Optimizer:
-        """AdamW by default."""
-        return torch.optim.AdamW(self.parameter_groups(player, recipe), lr=recipe.learning_rate,
-                                 betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=0.0)
+        """AdamW, or Muon for the model's matrices; the other players always learn by AdamW."""
+        groups = self.parameter_groups(player, recipe)
+        kind: type[torch.optim.AdamW] = torch.optim.AdamW
+        if recipe.optimizer == "muon" and self.players[player] is self.model:
+            groups, kind = muon_groups(groups, matrices_of(self.model)), Muon
+        return kind(groups, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2), weight_decay=0.0)
 
     def train_mode(self) -> None:
         """Put the players in training mode: at the start and after each validation."""

@@ -42,7 +42,6 @@ from vtc.tokenizers.lpips import LPIPS
 from vtc.tokenizers.ranks import mean_over_ranks, sum_over_ranks
 from vtc.tokenizers.scales import MultiScaleQuantizer, resize_area
 from vtc.tokenizers.vector_quantizer import nearest_codeword
-from vtc.training.muon import Muon, matrices_of
 from vtc.training.perceptual import PerceptualLoss
 from vtc.training.recipe import Recipe
 from vtc.training.task import Task
@@ -243,23 +242,11 @@ class TokenizerTask(Task):
 
     def parameter_groups(self, player: str, recipe: Recipe) -> list[dict[str, Any]]:
         groups = super().parameter_groups(player, recipe)
-        if player == "model" and self.recipe.optimizer == "muon":
-            matrices = matrices_of(self.tokenizer)
-            chosen = {id(p) for p in matrices}
-            for group in groups:
-                group["params"] = [p for p in group["params"] if id(p) not in chosen]
-            groups = [*groups, {"params": matrices, "weight_decay": recipe.weight_decay, "muon": True}]
         rate = self.recipe.discriminator_learning_rate
         if player == "discriminator" and rate:
             for group in groups:
                 group["share"] = rate / recipe.learning_rate
         return groups
-
-    def optimizer(self, player: str, recipe: Recipe) -> torch.optim.Optimizer:
-        if player != "model" or self.recipe.optimizer == "adamw":
-            return super().optimizer(player, recipe)
-        return Muon(self.parameter_groups(player, recipe), lr=recipe.learning_rate,
-                    betas=(recipe.adam_beta1, recipe.adam_beta2))
 
     def compiled(self) -> list[nn.Module]:
         if not self.recipe.stage2:

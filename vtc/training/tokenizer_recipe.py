@@ -19,8 +19,6 @@ class TokenizerRecipe(Recipe):
     learning_rate: float = flag(8e-4, "after the warm-up")
     final_learning_rate: float = flag(1e-5, "at the end of the schedule")
     lr_warmup_steps: int = flag(200, "steps of linear warm-up")
-    optimizer: str = flag("adamw", "of the tokenizer; muon: for its convolutions and linear layers, AdamW for the rest",
-                          ("adamw", "muon"))
     weight_decay: float = flag(0.01, "on tensors of two and more dimensions")
     mixed_precision: str = flag("bf16", "type of the forward pass; fp16 needs a GPU", ("no", "bf16", "fp16"))
     l1_weight: float = flag(3.0, "of mean |x - y| in [0, 1]")
@@ -64,7 +62,5 @@ class TokenizerRecipe(Recipe):
             raise ConfigError("A --discriminator_start after --gan_start would let one judge that has learnt nothing.")
         if not 0 <= self.family_share <= 1 or (self.family_share and not self.stage2):
             raise ConfigError("--family_share is a share, from 0 to 1, and needs --stage2: words must not move.")
-        if self.optimizer == "muon" and self.shard:
-            raise ConfigError("--optimizer muon and --shard exclude one another: a step needs the whole of a weight.")
         if self.int8 and self.shard:
             raise ConfigError("--int8 and --shard exclude one another: a scale needs the whole of its weights.")

@@ -11,6 +11,7 @@ the time, by a random generator of their own each: a view is the same whatever e
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,12 +26,15 @@ from safetensors.numpy import save
 from torch import Tensor
 from tqdm import tqdm
 
-from vtc.errors import ConfigError, ModelError
+from vtc.errors import ConfigError, ModelError, TrainingError, first_sentence
 from vtc.files import write_file
 from vtc.hub import fingerprint
 from vtc.images import load_image, to_tensor
 from vtc.tokenizers.local_vq import LocalVQ
 from vtc.tokenizers.vector_quantizer import nearest_codeword
+from vtc.training.data import PATIENCE
+
+log = logging.getLogger(__name__)
 
 FORMAT = "vtc token grids 1"
 
@@ -95,19 +99,40 @@ class TokenGrids:
         return cls(shapes, {int(name.split(".")[1]): tokens for name, tokens in tensors.items()}), facts
 
 
+def readable(files: Sequence[Path]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    """(number, pixels (H, W, 3)) of each file that can be read; the others are named and left out.
+
+    TrainingError where a hundred in a row cannot.
+    """
+    broken = 0
+    for n, file in enumerate(files):
+        try:
+            pixels = load_image(file).pixels
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders of damaged files raise OSError, SyntaxError, struct.error, ...
+            log.warning("%s is left out: %s.", file, first_sentence(error))
+            broken += 1
+            if broken == PATIENCE:
+                raise TrainingError(f"{PATIENCE} pictures in a row cannot be read, the last one is {file}: "
+                                    "look at the data.") from error
+            continue
+        broken = 0
+        yield n, pixels
+
+
 def whole_pictures(files: Sequence[Path]) -> Iterator[Tensor]:
     """(1, 3, H, W) in [0, 1] of each file."""
     return (to_tensor(load_image(file).pixels)[None] for file in files)
 
 
 def random_views(files: Sequence[Path], view: int, seed: int, min_scale: float = 0.5) -> Iterator[Tensor]:
-    """(1, 3, h, w) in [0, 1] of each file: shrunk by a factor from [min_scale, 1], up to 15 pixels cut off, mirrored.
+    """(1, 3, h, w) in [0, 1] of each: shrunk by a factor from [min_scale, 1], up to 15 pixels cut off, mirrored.
 
-    At least 64 pixels a side stay, where the picture has them.
+    Files that cannot be read are left out. At least 64 pixels a side stay, where the picture has them.
     """
-    for n, file in enumerate(files):
+    for n, pixels in readable(files):
         rng = np.random.default_rng((seed, view, n))
-        pixels = load_image(file).pixels
         height, width = pixels.shape[:2]
         smallest = min(1.0, max(min_scale, 80 / min(height, width)))
         scale = rng.uniform(smallest, 1.0)
@@ -176,7 +201,7 @@ def cached_grids(folder: str | Path, members: Sequence[LocalVQ], files: Sequence
             if theirs == facts and set(encoders) <= set(stored):
                 found.append(TokenGrids(grids.shapes, {size: grids.tokens[size] for size in sizes}))
                 continue
-        pictures = random_views(files, view, seed) if view else whole_pictures(files)
+        pictures = random_views(files, view, seed) if view else (to_tensor(p)[None] for _, p in readable(files))
         pictures = tqdm(pictures, total=len(files), unit="image", desc=f"view {view}")
         found.append(token_grids(members, pictures, bfloat16))
         found[-1].save(path, facts | {"encoders": json.dumps(encoders)})
