@@ -1,6 +1,7 @@
 """Muon beside a singular value decomposition, torch's own for matrices, itself in two processes and after a break."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,8 +130,9 @@ def test_a_tokenizer_trained_by_it_goes_on_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_groups_keep_their_settings_and_their_order() -> None:
-    kernel, vector, other = nn.Conv2d(8, 8, 3).weight, nn.Parameter(torch.zeros(8)), nn.Linear(16, 8).weight
-    groups = [{"params": [vector, kernel], "weight_decay": 0.1, "share": 0.5}, {"params": [other], "weight_decay": 0.0}]
+    kernel, vector, other = (nn.Parameter(torch.zeros(shape)) for shape in ((8, 8, 3, 3), (8,), (8, 16)))
+    groups: list[dict[str, Any]] = [{"params": [vector, kernel], "weight_decay": 0.1, "share": 0.5},
+                                    {"params": [other], "weight_decay": 0.0}]
     cut = muon_groups(groups, [kernel, other])
     assert [(g["params"][0] is p, g["weight_decay"], g["muon"]) for g, p in zip(cut, (vector, kernel, other),
             strict=True)] == [(True, 0.1, False), (True, 0.1, True), (True, 0.0, True)]

@@ -26,7 +26,7 @@ from vtc.errors import ConfigError, ModelError, TrainingError
 from vtc.script import run_script
 from vtc.training import checkpoints
 from vtc.training import loop as loop_module
-from vtc.training.loop import Loop, Numbered, Recipe, Stopped, Task, make_accelerator, picture_grid
+from vtc.training.loop import Average, Loop, Numbered, Recipe, Stopped, Task, make_accelerator, picture_grid
 from vtc.training.recipe import add_recipe_flags, flag, parse_recipe_args, read_config, recipe_from
 
 
@@ -570,6 +570,18 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(loop_module, "is_wandb_available", lambda: False)
     with pytest.raises(ConfigError, match=r"^--report_to wandb needs the package wandb, which is not installed: pip"):
         make_accelerator(recipe(report_to="wandb"), tmp_path)
+
+
+def test_weights_that_do_not_learn_are_kept_to_the_sign_of_their_zeros():
+    """Fingerprints are of bytes: a frozen encoder's tokens would count as those of another."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False).weight.fill_(-0.0)
+    average = Average(model, 0.9)
+    with torch.no_grad():
+        model[1].weight.add_(1)
+    average.update(model)
+    assert average.module[0].weight.signbit().all()
+    assert (average.module[1].weight < model[1].weight).all()
 
 
 def test_without_an_average_the_model_itself_is_saved(tmp_path):

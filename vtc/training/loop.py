@@ -138,7 +138,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 class Average:
-    """A copy of a model whose weights follow it, slowly; its buffers are the model's."""
+    """A copy of a model whose weights follow it, slowly; buffers, and weights that do not learn, are the model's."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.updates = decay, 0
@@ -148,10 +148,13 @@ class Average:
     def update(self, model: nn.Module) -> None:
         """The decay grows with the run, so that the first, useless weights are soon forgotten."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        mine, its = ([local(p.detach()) for p in module.parameters()] for module in (self.module, model))
-        torch._foreach_lerp_(mine, its, 1 - decay)
-        for buffer, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            buffer.copy_(current)
+        pairs = [(mine, local(its.detach()), its.requires_grad) for mine, its in
+                 zip(map(local, self.module.parameters()), model.parameters(), strict=True)]
+        torch._foreach_lerp_([mine for mine, _, learns in pairs if learns], [its for _, its, learns in pairs if learns],
+                             1 - decay)
+        still = [(mine, its) for mine, its, learns in pairs if not learns]  # a lerp would turn the sign of a zero
+        for kept, current in (*still, *zip(self.module.buffers(), model.buffers(), strict=True)):
+            kept.copy_(current)
         self.updates += 1
 
 
