@@ -1,6 +1,6 @@
 """The learned prior of token grids: how likely each word is, given the tokens around it, in exact whole numbers.
 
-    prior = TokenPrior.from_pretrained("localvq-f16-8192-r2")
+    prior = TokenPrior.from_pretrained("localvq-f16-8192-r3")
     payload = prior.encode(indices, (rows, columns), codebook=8192)
     indices = prior.decode(payload, (rows, columns), codebook=8192)
 

@@ -1,6 +1,6 @@
 """Measure what lost tokens cost, and what each way of filling them in gives back.
 
-    python scripts/evaluate_concealment.py --model localvq-f16-8192-r2 --images ../shared/data/kodak \\
+    python scripts/evaluate_concealment.py --model localvq-f16-8192-r3 --images ../shared/data/kodak \\
         --output docs/results/concealment --lpips_weights ../shared/weights [--size 256]
 
 Tokens of each picture are lost singly, or by interleaved chunk (`vtc.codecs.resilience`). Reconstructions are rounded

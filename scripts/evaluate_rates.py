@@ -1,6 +1,6 @@
 """Rate-distortion of a model's family beside classical codecs: a table and a plot.
 
-    python scripts/evaluate_rates.py --model localvq-f16-8192-r2 --images kodak/ --output docs/results/rates
+    python scripts/evaluate_rates.py --model localvq-f16-8192-r3 --images kodak/ --output docs/results/rates
 
 Every quality of the family, every image: a whole file and back to 8 bits. Each peer gets, image by image, at most the
 bytes of a target in bits per pixel, at each down-sampling factor, and searches its quality for it. --also measures

@@ -1,6 +1,6 @@
 """Make a model's family: the same tokenizer with 8 ... 4096 codewords, for 0.01 to 0.05 bits per pixel.
 
-    accelerate launch scripts/finetune_codebook.py --model localvq-f16-8192-r2 --train_data_dir photographs/ \\
+    accelerate launch scripts/finetune_codebook.py --model localvq-f16-8192-r3 --train_data_dir photographs/ \\
         --validation_data_dir holdout/ --output_dir runs/family
 
 or plain `python`. Clusters the codebook (K-means over its words), fine-tunes how the decoder reads the new words,

@@ -1,6 +1,6 @@
 """Store a tokenizer's weights as int8, half the bytes, and measure what that costs.
 
-    python scripts/quantize_weights.py --model localvq-f16-8192-r2 --output runs/int8 --images ../shared/data/holdout
+    python scripts/quantize_weights.py --model localvq-f16-8192-r3 --output runs/int8 --images ../shared/data/holdout
     python scripts/quantize_weights.py --model runs/localvq/model --output runs/int8 --layers decoder.
 
 The new folder loads as any other. With --images, the model is measured before and after: LPIPS (AlexNet) and PSNR of

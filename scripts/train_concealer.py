@@ -1,6 +1,6 @@
 """Train the concealer of a tokenizer and its family: the transformer that fills in lost tokens.
 
-    python scripts/train_concealer.py --model localvq-f16-8192-r2 --train_data_dir photos/ --output_dir runs/concealer
+    python scripts/train_concealer.py --model localvq-f16-8192-r3 --train_data_dir photos/ --output_dir runs/concealer
 
 or `accelerate launch`. A run that was stopped goes on with --resume_from_checkpoint latest. The result,
 OUTPUT_DIR/concealer.safetensors, goes into the model's folder. The photographs are encoded once and kept in

@@ -1,7 +1,7 @@
 """Train the prior of a model's token grids: all codebooks of its family in one file of whole numbers.
 
-    python scripts/train_prior.py --model localvq-f16-8192-r2 --train_data_dir photos/ --validation_data_dir holdout/ \\
-        --work_dir runs/prior --output vtc/pretrained/localvq-f16-8192-r2/prior.safetensors
+    python scripts/train_prior.py --model localvq-f16-8192-r3 --train_data_dir photos/ --validation_data_dir holdout/ \\
+        --work_dir runs/prior --output vtc/pretrained/localvq-f16-8192-r3/prior.safetensors
 
 The photographs are encoded once and kept in the work folder. A run that was stopped goes on with
 --resume_from_checkpoint latest. After a change of the model, --init_from with the earlier model's name, or with

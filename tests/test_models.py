@@ -31,14 +31,16 @@ def bundled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_numbers_in_streams_never_change() -> None:
-    assert [MODEL_IDS[f"localvq-f16-8192-r2{member}"] for member in ("", "-s8", "-s512", "-s4096")] == [22, 23, 29, 32]
+    assert [MODEL_IDS[f"localvq-f16-8192-r3{member}"] for member in ("", "-s8", "-s512", "-s4096")] == [33, 34, 40, 43]
     assert [name_of(number) for number in (1, 2, 10)] == ["localvq-f16-2560", "localvq-f16-2560-s8",
                                                          "localvq-f16-2560-s2048"]
     assert [name_of(number) for number in (11, 12, 21)] == ["localvq-f16-8192", "localvq-f16-8192-s8",
                                                            "localvq-f16-8192-s4096"]
+    assert [name_of(number) for number in (22, 23, 32)] == ["localvq-f16-8192-r2", "localvq-f16-8192-r2-s8",
+                                                           "localvq-f16-8192-r2-s4096"]
     assert DEFAULT_MODEL in MODEL_IDS
     numbers = [*MODEL_IDS.values(), *RETIRED_IDS.values()]
-    assert sorted(numbers) == list(range(1, 33))
+    assert sorted(numbers) == list(range(1, 44))
     assert name_of(0) is None and name_of(2**31) is None
 
 
@@ -81,7 +83,7 @@ def test_a_saved_model_is_read_by_whom_the_umask_lets_read(tmp_path: Path) -> No
 
 def test_no_download_where_it_is_not_allowed(bundled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "hf_hub_download", pytest.fail)
-    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-8192-r2, and"):
+    with pytest.raises(ModelError, match="No model 'someone/something': the bundled ones are localvq-f16-8192-r3, and"):
         load_tokenizer("someone/something", allow_download=False)
 
 
@@ -108,7 +110,7 @@ def test_a_file_cannot_make_us_import(kind: object, bundled: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff\xfe"])
 def test_a_damaged_configuration_is_one_sentence(text: str, bundled: Path) -> None:
     (bundled / DEFAULT_MODEL / "config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ModelError, match="localvq-f16-8192-r2"):
+    with pytest.raises(ModelError, match="localvq-f16-8192-r3"):
         load_tokenizer()
 
 

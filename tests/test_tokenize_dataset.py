@@ -302,7 +302,7 @@ def folder_of(path: Path, count: int) -> Path:
 
 
 def command(pictures: Path, out: Path, *more: str) -> list[str]:
-    return ["--tokenizer", "localvq-f16-8192-r2", "--train_data_dir", str(pictures), "--output_dir", str(out),
+    return ["--tokenizer", "localvq-f16-8192-r3", "--train_data_dir", str(pictures), "--output_dir", str(out),
             "--resolution", "64", "--shard_size", "2", "--batch_size", "4", "--num_workers", "0", "--quiet", *more]
 
 

@@ -25,19 +25,20 @@ if TYPE_CHECKING:
     from vtc.tokenizers.base import Tokenizer
     from vtc.tokenizers.tokenizer_family import FamilyMembers
 
-DEFAULT_MODEL = "localvq-f16-8192-r2"
+DEFAULT_MODEL = "localvq-f16-8192-r3"
 DEFAULT_GENERATOR = "var-d6-128"
 
 #: codewords of the smaller members of the default model's family
 FAMILY_SIZES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 #: bundled models that are members of another's family (`vtc.tokenizers.tokenizer_family`): that other and their size
-MEMBERS = {f"localvq-f16-8192-r2-s{size}": ("localvq-f16-8192-r2", size) for size in FAMILY_SIZES}
+MEMBERS = {f"localvq-f16-8192-r3-s{size}": ("localvq-f16-8192-r3", size) for size in FAMILY_SIZES}
 #: bundled models and the numbers in their streams: written down once, never changed, never given to another model.
 #: 0 is every model that vtc does not ship.
-MODEL_IDS = {"localvq-f16-8192-r2": 22, **{name: number for number, name in enumerate(MEMBERS, 23)}}
+MODEL_IDS = {"localvq-f16-8192-r3": 33, **{name: number for number, name in enumerate(MEMBERS, 34)}}
 #: models that were bundled once, by their numbers; the folder of one, given by --model, still decodes its streams
 RETIRED_IDS = {"localvq-f16-2560": 1, **{f"localvq-f16-2560-s{2 ** (n + 1)}": n for n in range(2, 11)},
-               "localvq-f16-8192": 11, **{f"localvq-f16-8192-s{2 ** (n - 9)}": n for n in range(12, 22)}}
+               "localvq-f16-8192": 11, **{f"localvq-f16-8192-s{2 ** (n - 9)}": n for n in range(12, 22)},
+               "localvq-f16-8192-r2": 22, **{f"localvq-f16-8192-r2-s{2 ** (n - 20)}": n for n in range(23, 33)}}
 
 
 class _Fingerprints(Mapping[str, str]):
@@ -67,7 +68,7 @@ class _Fingerprints(Mapping[str, str]):
 
 
 #: the start of their fingerprints in hexadecimal, by which a stream of a copy of one (model number 0) is recognised
-FINGERPRINTS = _Fingerprints({"localvq-f16-8192-r2": "5978a03b8f8d02a8"})
+FINGERPRINTS = _Fingerprints({"localvq-f16-8192-r3": "41a90902a6ba050c"})
 
 
 def name_of(model_id: int) -> str | None:

@@ -30,8 +30,8 @@ CODED_SUFFIXES = (".avif", ".jp2", ".jpeg", ".jpg", ".jxl", ".webp")
 
 EPILOG = """examples:
   vtc-eval originals/ reconstructions/
-  vtc-eval --codec localvq-f16-8192-r2 --peers avif,webp --data kodak/ --report out/
-  vtc-eval --codec 'localvq-f16-8192-r2*' --peers avif,jxl --rates 0.03 0.06 0.12 --data kodak/ --report out/
+  vtc-eval --codec localvq-f16-8192-r3 --peers avif,webp --data kodak/ --report out/
+  vtc-eval --codec 'localvq-f16-8192-r3*' --peers avif,jxl --rates 0.03 0.06 0.12 --data kodak/ --report out/
   torchrun --nproc-per-node 2 -m vtc.cli.eval --tokenizer folder/ --data imagenet/ --metrics psnr,fid
 exit codes: 0 done, 1 stopped, or something was not measured (the rest is), 2 usage."""
 
