@@ -26,7 +26,7 @@ def test_a_matrix_keeps_its_directions_and_loses_its_sizes(shape: tuple[int, int
     sizes = torch.logspace(0, -2, u.shape[1])
     made = u.T @ orthogonalize(100 * (u * sizes) @ v) @ v.T
     assert (made.diagonal() > 0.65).all() and (made.diagonal() < 1.21).all()
-    assert (made - made.diagonal().diag()).abs().max() < 1e-3
+    assert (made - made.diagonal().diag()).abs().max() < 2e-4
     assert torch.equal(orthogonalize(torch.zeros(shape)), torch.zeros(shape))
 
 
